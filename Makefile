@@ -1,0 +1,68 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+# The first interpreter that is new enough and can make environments; the tested version comes first.
+CANDIDATES := python3.11 python3.12 python3.13 python3 python3.14 python
+CAN_RUN := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(CAN_RUN)' >/dev/null 2>&1 && echo "$$p" && break; done)
+PYTEST_ARGS ?=
+
+# Two workers with one thread each beat one worker with two threads, and one thread repeats itself to the bit.
+PYTEST := -m pytest -n 2 $(PYTEST_ARGS)
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help env lint test test-all test-floor test-latest clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F '|' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+env: .venv/.stamp ## the environment of every day, .venv, with the versions of constraints.txt
+
+lint: .venv/.stamp ## ruff, mypy and the layers
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+test: lint ## lint, then every test but the slow ones
+	.venv/bin/python $(PYTEST)
+
+test-all: lint ## lint, then every test
+	.venv/bin/python $(PYTEST) -m ""
+
+test-floor: .venv-floor/.stamp ## tests at the oldest versions that work
+	.venv-floor/bin/python $(PYTEST) -m "not slow and not peer"
+
+test-latest: ## tests at the newest versions there are
+	$(call environment,.venv-latest,,$(EXTRAS))
+	.venv-latest/bin/python $(PYTEST)
+
+clean: ## removes the environments, builds and caches
+	rm -rf .venv .venv-floor .venv-latest build dist *.egg-info
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find selm_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+EXTRAS := datasets,tensorboard,peer,dev
+
+.venv/.stamp: pyproject.toml setup.py constraints.txt
+	$(call environment,.venv,-c constraints.txt,$(EXTRAS))
+
+.venv-floor/.stamp: pyproject.toml setup.py constraints-floor.txt
+	$(call environment,.venv-floor,-c constraints-floor.txt,datasets,tensorboard,test)
+
+# $(call environment,FOLDER,OPTIONS OF PIP,EXTRAS). torch comes before the package, whose extension is built against it.
+define environment
+	@[ -n "$(PYTHON)" ] || { echo "error: no Python >= 3.11 with venv among: $(CANDIDATES); give one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: $(PYTHON) is Python %d.%d; selm_fast needs 3.11 or newer" % v[:2])'
+	"$(PYTHON)" -m venv --clear $(1)
+	$(1)/bin/python -m pip install -q $(2) setuptools wheel
+	$(1)/bin/python -m pip install -q $(2) torch
+	$(1)/bin/python -m pip install -q $(2) --no-build-isolation -e '.[$(3)]'
+	@touch $(1)/.stamp
+endef

@@ -1,0 +1,148 @@
+"""The command `selm-fast`. Each command imports what it needs, so that help and refusals come without torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from selm_fast import __version__
+from selm_fast.errors import Refused, RunFailed, Stopped
+
+if TYPE_CHECKING:
+    from selm_fast.config import Config
+
+EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C: 75 promises that everything was saved
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{message} ({self.prog} --help explains)")
+
+
+def entry() -> NoReturn:
+    """Runs the command line of this process and exits with its code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command: 0 done, 1 failed, 2 refused before any work, 75 stopped by a signal after saving."""
+    try:
+        return _dispatch(list(argv))
+    except (Refused, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return RunFailed.exit_code
+
+
+def _dispatch(argv: list[str]) -> int:
+    command, arguments = (argv[0], argv[1:]) if argv else ("", [])
+    if command in _COMMANDS:
+        run, summary = _COMMANDS[command]
+        return run(arguments, f"selm-fast {command}", summary)
+    if command == "--version":
+        print(f"selm-fast {__version__}")
+        return 0
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if not command:
+        print(_help(), file=sys.stderr)
+        return Refused.exit_code
+    from selm_fast.cli.names import nearest
+
+    close = nearest(command, _COMMANDS)
+    hint = f"did you mean {close}?" if close else f"commands: {', '.join(_COMMANDS)}"
+    raise Refused(f"unknown command {command}; {hint}")
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:10}{summary}" for name, (_, summary) in _COMMANDS.items())
+    return (
+        "usage: selm-fast COMMAND ...\n\n"
+        "Trains language models with SELM, DPO and XPO.\n\n"
+        f"commands:\n{commands}\n\n"
+        "options:\n  --help    this text; selm-fast COMMAND --help explains one command\n"
+        "  --version the version of selm-fast\n\n"
+        "exit codes: 0 done, 1 failed, 2 refused before any work, 75 stopped after saving (the same command goes on)"
+    )
+
+
+def _config(arguments: list[str], prog: str, summary: str) -> Config | None:
+    """The settings that a recipe and flags give; None where help was asked for and given."""
+    from selm_fast.cli.help import recipe_help
+    from selm_fast.cli.settings import load_config, split_recipe
+
+    if _asks_for_help(arguments):
+        print(recipe_help(prog, summary), end="")
+        return None
+    return load_config(*split_recipe(arguments))
+
+
+def _train(arguments: list[str], prog: str, summary: str) -> int:
+    config = _config(arguments, prog, summary)
+    if config is not None:
+        from selm_fast.training.run_train import train
+
+        train(config)
+    return 0
+
+
+def _validate(arguments: list[str], prog: str, summary: str) -> int:
+    config = _config(arguments, prog, summary)
+    if config is not None:
+        from selm_fast.cli.validate import validate
+
+        validate(config)
+    return 0
+
+
+def _doctor(arguments: list[str], prog: str, summary: str) -> int:
+    parser = _Parser(prog=prog, description=summary, allow_abbrev=False)
+    if _asks_for_help(arguments):
+        print(parser.format_help(), end="")
+        return 0
+    parser.parse_args(arguments)
+    from selm_fast.cli.doctor import doctor
+
+    return doctor()
+
+
+def _export(arguments: list[str], prog: str, summary: str) -> int:
+    parser = _Parser(prog=prog, description=summary, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="output folder of a training run")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the model, to be made")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (default: bfloat16)"
+    )
+    if _asks_for_help(arguments):
+        print(parser.format_help(), end="")
+        return 0
+    chosen = parser.parse_args(arguments)
+    from selm_fast.training.export import export_run
+
+    export_run(chosen.run, chosen.out, chosen.dtype)
+    return 0
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    return "-h" in arguments or "--help" in arguments
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str], str, str], int], str]] = {
+    "train": (_train, "Train a model on ranked rows."),
+    "validate": (_validate, "Check settings and data without training."),
+    "doctor": (_doctor, "Tell what this machine has and whether it can train."),
+    "export": (_export, "Write the model of a run as a Hugging Face folder."),
+}

@@ -1,0 +1,168 @@
+"""`Policy`: log-probs and loss of packed batches under an unmodified transformers model."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from selm_fast.batch import PackedBatch
+from selm_fast.errors import Refused
+from selm_fast.model import support
+from selm_fast.model.attention import NAME, packed_kwargs
+from selm_fast.ops import linear_logprob, preference_loss, sequence_sum
+
+
+class Policy(nn.Module):
+    """A causal language model that reads packed batches; its head runs fused, outside the body.
+
+    model: a transformers causal language model. Its attention is switched to this package's; its weights are not touched.
+    head_mode: "auto" | "keep" | "recompute", as in `selm_fast.ops.linear_logprob`.
+    """
+
+    def __init__(self, model: Any, *, head_mode: Literal["auto", "keep", "recompute"] = "auto", source: str = "model") -> None:
+        super().__init__()
+        support.check_model(model, source)
+        model.set_attn_implementation(NAME)
+        self.model = model
+        self.head_mode: Literal["auto", "keep", "recompute"] = head_mode
+        config = model.config
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
+        self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        head_mode: Literal["auto", "keep", "recompute"] = "auto",
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Load a folder or hub name; only safetensors are read.
+
+        dtype: of the weights in memory.
+        Raises Refused for what cannot share prefixes or is not served, for missing weights, and for a model whose packed
+        log-probs differ from its own.
+        """
+        source = str(path)
+        support.check_source(source, trust_remote_code=trust_remote_code)
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            support.check_config(config.to_dict(), trust_remote_code=trust_remote_code, source=source)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise error if isinstance(error, Refused) else Refused(f"cannot load the model {source}: {error}") from error
+        if info["missing_keys"]:
+            raise Refused(f"{source} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}; the file is not of this model")
+        return cls._ready(model.to(device), head_mode, source)
+
+    @classmethod
+    def from_config(
+        cls,
+        path: str | Path,
+        *,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        head_mode: Literal["auto", "keep", "recompute"] = "auto",
+    ) -> Self:
+        """Random weights from a config.json; the same seed gives the same weights.
+
+        Raises Refused for a file that is not a model's configuration or a model that is not served.
+        """
+        source = str(path)
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise Refused(f"{source} is not the config.json of a transformers model: {error}") from error
+        support.check_config(config.to_dict(), trust_remote_code=False, source=source)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return cls._ready(model.to(dtype=dtype, device=device), head_mode, source)
+
+    @classmethod
+    def _ready(cls, model: Any, head_mode: Literal["auto", "keep", "recompute"], source: str) -> Self:
+        from selm_fast.model.selfcheck import check_packed
+
+        policy = cls(model, head_mode=head_mode, source=source)
+        check_packed(policy, source)
+        return policy.train()
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its head: token ids to hidden states."""
+        return self.model.get_decoder()  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> nn.Linear:
+        """The language-model head; its weight may be the embedding's."""
+        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Last hidden state of every response row: (N, D)."""
+        output = self.body(
+            input_ids=batch.tokens.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            **packed_kwargs(batch),
+        )
+        return output.last_hidden_state[0].index_select(0, batch.response_rows)  # type: ignore[no-any-return]
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """Log-prob (nats) of every target: (N,) fp32."""
+        return linear_logprob(
+            self.hidden_states(batch),
+            self.head.weight,
+            batch.targets,
+            bias=self.head.bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            mode=self.head_mode,
+        )
+
+    def sequence_logps(self, batch: PackedBatch) -> Tensor:
+        """Log-prob (nats) of every distinct response given its prompt: (S,) fp64."""
+        return sequence_sum(self.token_logps(batch), batch.cu_responses)
+
+    def loss(self, batch: PackedBatch, reference_logps: Tensor, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`preference_loss` of a batch; reference_logps (S,) fp64; settings as there."""
+        return preference_loss(self.sequence_logps(batch), reference_logps, batch.pairs, **settings)
+
+    forward = loss
+
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers. Raises Refused where the body keeps them elsewhere than in `.layers`."""
+        layers = getattr(self.body, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise Refused(
+                f"{self.model.config.model_type} keeps its decoder layers in no list named layers: set "
+                "model.activation_checkpointing to none and model.compile to false"
+            )
+        return layers
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+        for layer in self.layers():
+            # No layer draws random numbers (dropout is refused), so none need be replayed.
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+    def compile_layers(self) -> None:
+        """torch.compile each decoder layer, for any number of tokens."""
+        for layer in self.layers():
+            layer.compile(dynamic=True)

@@ -1,0 +1,178 @@
+"""The one place that writes files others rely on: temporary, fsync, rename; hashed; never half there.
+
+Every byte goes through `_write`, `_fsync` and `_rename`, so that a test can end the process at each of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from selm_fast.errors import RunFailed
+
+MANIFEST = "manifest.json"
+CHUNK = 16 * 2**20
+MAX_SHARD = 2**30  # bytes of one tensor file
+
+
+class Damaged(Exception):
+    """A file is missing, short, changed, or was written by something else; the message says which and how."""
+
+
+def _write(fd: int, data: memoryview) -> int:
+    return os.write(fd, data)
+
+
+def _fsync(fd: int) -> None:
+    os.fsync(fd)
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.rename(source, target)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFailed(f"the disk is full: {path} was not written; what was saved before is intact. Free space and run again") from error
+        raise
+
+
+def write_new(path: Path, data: bytes) -> str:
+    """Write and fsync a new file; -> its sha256. Raises RunFailed on a full disk."""
+    view = memoryview(data)
+    with _disk_errors(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        try:
+            while view:
+                view = view[_write(fd, view[:CHUNK]) :]
+            _fsync(fd)
+        finally:
+            os.close(fd)
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> str:
+    """Replace a file, or leave it as it was; -> its sha256. Raises RunFailed on a full disk."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        digest = write_new(temporary, data)
+        _rename(temporary, path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final`, with a manifest of its files, when the block ends well; else it is removed.
+
+    Raises RunFailed on a full disk; FileExistsError where `final` is there already.
+    """
+    if final.exists():
+        raise FileExistsError(f"{final} exists and is never overwritten")
+    temporary = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with _disk_errors(final):
+            yield temporary
+            files = {
+                str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sync_and_hash(path)}
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            write_new(temporary / MANIFEST, to_json({"files": files}))
+            for folder in sorted({path.parent for path in temporary.rglob("*")}):
+                fsync_folder(folder)
+            _rename(temporary, final)
+            fsync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        _fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_folder(folder: Path) -> None:
+    """Check every file of a folder made by `new_folder` against its manifest. Raises Damaged."""
+    manifest = read_json(folder / MANIFEST)
+    for name, expected in manifest["files"].items():
+        read_checked(folder / name, expected["sha256"])
+
+
+def read_checked(path: Path, sha256: str) -> bytes:
+    """The bytes of a file whose hash is known. Raises Damaged; links are not followed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with open(fd, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise Damaged(f"{path}: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise Damaged(f"{path}: {len(data)} bytes whose sha256 is not the one in its manifest: truncated or changed")
+    return data
+
+
+def to_json(value: Any) -> bytes:
+    """JSON with sorted keys; refuses NaN, which JSON does not have."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises Damaged where it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path}: {error}") from error
+
+
+def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as `stem-00001.safetensors`, ... of at most 1 GiB each (or one tensor)."""
+    shard: dict[str, Tensor] = {}
+    size, number = 0, 1
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > MAX_SHARD:
+            write_new(folder / f"{stem}-{number:05d}.safetensors", safetensors.torch.save(shard))
+            shard, size, number = {}, 0, number + 1
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    write_new(folder / f"{stem}-{number:05d}.safetensors", safetensors.torch.save(shard))
+
+
+def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of `write_tensors`, each file checked against the folder's manifest. Raises Damaged."""
+    files = read_json(folder / MANIFEST)["files"]
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(files):
+        if name.startswith(f"{stem}-") and name.endswith(".safetensors"):
+            tensors |= safetensors.torch.load(read_checked(folder / name, files[name]["sha256"]))
+    return tensors
