@@ -18,9 +18,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
     def likeness(candidate: str) -> tuple[float, float]:
         whole = SequenceMatcher(None, name, candidate).ratio()
-        # A right name in the wrong section is as good as a near name in the right one.
+        # The section counts only where it may have been written otherwise (model_path): a right name in the wrong
+        # section is worth suggesting, a wrong name in the right one is not.
         last = SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        return max(whole, last), whole
+        return last if "." in name else max(whole, last), whole
 
     best = max(names, key=likeness, default=None)
     return best if best is not None and likeness(best)[0] >= CLOSE_ENOUGH else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -52,8 +51,21 @@ class Setting:
         """What a value has to be, as short as a line of help needs it."""
         return "|".join(self.choices) or ("PATH" if self.is_path else _METAVARS[self.kind])
 
+    def takes(self, value: Any) -> bool:
+        """Whether a value is of this kind, without any conversion: no text for a number, no 1 for true."""
+        if value is None:
+            return self.optional
+        match self.kind:
+            case "boolean":
+                return isinstance(value, bool)
+            case "integer":
+                return isinstance(value, int) and not isinstance(value, bool)
+            case "number":
+                return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, str) and value != ""
+
     def parse(self, text: str) -> Any:
-        """The text of a flag as a value; what is no value of this kind stays text, which validation refuses."""
+        """The text of a flag as a value; what is no value of this kind stays text."""
         try:
             match self.kind:
                 case "boolean":
@@ -144,7 +156,7 @@ def _setting(name: str, field: dict[str, Any]) -> Setting:
         is_path=value.get("format") == "path",
         choices=tuple(value.get("enum", ())),
         optional={"type": "null"} in arms,
-        bounds=tuple(f"{words} {value[key]}" for key, words in _BOUNDS.items() if key in value),
+        bounds=tuple(f"{words} {value[key]:.15g}" for key, words in _BOUNDS.items() if key in value),
         default=field["default"],
         description=field["description"],
     )
@@ -156,9 +168,6 @@ def _recipe_values(values: dict[Any, Any], prefix: str, recipe: Recipe) -> Itera
         if not prefix and "." in name:  # otherwise one setting could be given twice, in two spellings
             raise Refused(f"unknown setting {name}; a recipe nests them: {_nested(name)} ({recipe.where(name)})")
         if name in settings():
-            if value is not None and (not isinstance(value, bool | int | float | str) or value == ""):
-                expected = settings()[name].expected
-                raise Refused(f"{name}: {describe(value)} was given, expected {expected} ({recipe.where(name)})")
             yield name, value
         elif name in sections():
             if not isinstance(value, dict):
@@ -191,10 +200,11 @@ def _hint(name: str, dashes: str) -> str:
     section = name.partition(".")[0]
     if name in sections():
         return f", which is a group of settings; give one of them as {dashes}{name}.NAME ({_names_of(name)})"
-    close = nearest(name, settings() if dashes else [*settings(), *sections()])
+    close = nearest(name, settings() if dashes or "." in name else [*settings(), *sections()])
     if close is None:  # a name that others use: learning_rate, where optim.lr is described as "peak learning rate"
-        words = name.rpartition(".")[2].replace("_", " ")
-        close = next((s.name for s in settings().values() if words and words in s.description), None)
+        words = name.rpartition(".")[2].replace("_", "").replace("-", "")
+        described = [s.name for s in settings().values() if words in s.description.replace(" ", "")]
+        close = described[0] if described and len(words) >= 6 else None  # shorter words are part of too many others
     if close is not None:
         return f"; did you mean {dashes}{close}?"
     return f"; settings of {section}: {_names_of(section)}" if section in sections() else "; --help lists them all"
@@ -215,22 +225,29 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validate(values: dict[str, Any], sources: dict[str, str]) -> Config:
+    wrong = [name for name, value in values.items() if not settings()[name].takes(value)]
+    if wrong:
+        raise Refused("\n".join(_out_of_place(name, values[name], sources[name]) for name in wrong))
     nested: dict[str, Any] = {}
     for name, value in values.items():
         section, _, leaf = name.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[leaf] = value
     try:
-        # Through JSON: strict validation of Python values would refuse text where a Path belongs.
-        return Config.model_validate_json(json.dumps(nested), strict=True)
+        return Config.model_validate(nested)
     except ValidationError as error:
         raise Refused("\n".join(_problem(details, values, sources) for details in error.errors())) from error
 
 
 def _problem(details: Any, values: dict[str, Any], sources: dict[str, str]) -> str:
     name = ".".join(map(str, details["loc"]))
-    if name not in values:  # a rule over several settings, whose message says everything
-        return str(details["ctx"]["error"])
-    close = nearest(str(values[name]), settings()[name].choices)
+    if details["type"] != "value_error":
+        return _out_of_place(name, values[name], sources[name])
+    message = str(details["ctx"]["error"])
+    # A rule over several settings says everything itself.
+    return f"{name}: {message} ({sources[name]})" if name in values else message
+
+
+def _out_of_place(name: str, value: Any, source: str) -> str:
+    close = nearest(str(value), settings()[name].choices)
     hint = f"; did you mean {close}?" if close else ""
-    expected = settings()[name].expected
-    return f"{name}: {describe(values[name])} was given, expected {expected}{hint} ({sources[name]})"
+    return f"{name}: {describe(value)} was given, expected {settings()[name].expected}{hint} ({source})"

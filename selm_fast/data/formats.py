@@ -86,7 +86,7 @@ def parse_row(row: Mapping[str, Any], *, number: int, source: str, wants_explore
 def _standard(
     row: Mapping[str, Any], chosen: str, rejected: str, where: str, row_id: int, wants_explored: bool
 ) -> PreferenceRow:
-    explored, _ = _explored(row, where) if wants_explored else (None, None)
+    explored = _explored(row, where)[0] if wants_explored else None
     _check_texts([chosen, rejected, explored or ""])
     if "prompt" not in row:
         if chosen == rejected:
@@ -130,12 +130,12 @@ def _conversational(
     for name, messages in turns.items():
         texts[name], own = _last_turn(messages, name, where)
         contexts[name] = _context(base, own, follows_text=isinstance(prompt, str))
-    explored, own = _explored(row, where) if wants_explored else (None, None)
+    explored, before = _explored(row, where) if wants_explored else (None, [])
     context = contexts["chosen"]
     _check_texts([m["content"] for m in (*context, *contexts["rejected"])] + [*texts.values(), explored or ""])
     if context != contexts["rejected"]:
         raise Skipped("chosen and rejected answer different prompts")
-    if own and _context(base, own, follows_text=isinstance(prompt, str)) != context:
+    if before and _context(base, before, follows_text=isinstance(prompt, str)) != context:
         raise Skipped("reference_response answers another prompt")
     if not context or not context[-1]["content"].strip():
         raise Skipped("empty prompt")
@@ -181,10 +181,11 @@ def _messages(value: Any, name: str, where: str) -> list[Message]:
     return messages
 
 
-def _explored(row: Mapping[str, Any], where: str) -> tuple[str | None, list[Message] | None]:
+def _explored(row: Mapping[str, Any], where: str) -> tuple[str | None, list[Message]]:
+    """The text of reference_response, and the messages before it where it is a list."""
     value = row.get("reference_response")
     if value is None or isinstance(value, str):
-        return value, None
+        return value, []
     return _last_turn(_messages(value, "reference_response", where), "reference_response", where)
 
 
@@ -206,8 +207,8 @@ def _ids(value: Any, name: str, where: str) -> list[int]:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise Refused(f"{where}: {name} is {_kind(value)}; expected a list of token ids")
     for index, token in enumerate(value):
-        if type(token) is not int or token < 0:
-            raise Refused(f"{where}: {name}[{index}] is {token!r}; expected a token id, an integer from 0")
+        if type(token) is not int or not 0 <= token < 2**31:
+            raise Refused(f"{where}: {name}[{index}] is {token!r}; expected a token id, an integer from 0 to 2**31 - 1")
     return list(value)
 
 

@@ -127,17 +127,19 @@ class Plan:
         """Groups of one optimiser step: what its summed loss is divided by."""
         return sum(len(members) for members in self.steps[step])
 
+    def pack_keys(self) -> list[tuple[bytes, ...]]:
+        """The sequence keys of every micro-batch, in order: what `batches` will put in each, without packing."""
+        return [
+            tuple(sequence_key(self.groups[i].prompt, response) for i in members for response in self.groups[i].responses())
+            for step in self.steps
+            for members in step
+        ]
+
     def digest(self) -> str:
         """Identity of the packs: their token ids and order."""
         digest = hashlib.sha256()
-        for step in self.steps:
-            for members in step:
-                for index in members:
-                    group = self.groups[index]
-                    for response in group.responses():
-                        digest.update(sequence_key(group.prompt, response))
-                    digest.update(b"|")
-                digest.update(b"/")
+        for keys in self.pack_keys():
+            digest.update(len(keys).to_bytes(4, "little") + b"".join(keys))
         return digest.hexdigest()
 
 

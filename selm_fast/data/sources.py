@@ -73,7 +73,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Row]]:
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             if line.strip():
-                yield number, _parse_line(line, f"{path}: line {number}")
+                yield number, _parse_line(line.rstrip(b"\r\n"), f"{path}: line {number}")
 
 
 def _parse_line(line: bytes, where: str) -> Row:

@@ -92,8 +92,8 @@ def cut_to_length(
     room = max_length - len(prompt)
     if room <= 0:
         return Tokenized(None, "no room for a response after the prompt")
-    chosen, rejected = group.chosen[:room], group.rejected[:room]
-    explored = None if group.explored is None else group.explored[:room]
+    chosen, rejected = _first(group.chosen, room), _first(group.rejected, room)
+    explored = None if group.explored is None else _first(group.explored, room)
     if chosen == rejected:
         same = group.chosen == group.rejected
         return Tokenized(None, f"chosen and rejected are identical{'' if same else ' after truncation'}")
@@ -120,6 +120,10 @@ def _cut_prompt(ids: list[int], bos_id: int | None, limit: int) -> list[int]:
     return ids[len(ids) - limit :]
 
 
+def _first(ids: list[int], count: int) -> list[int]:
+    return ids if len(ids) <= count else ids[:count]  # an alias stays the same list, which costs no memory
+
+
 def _draft(row: PreferenceRow, tokenizer: Tokenizer) -> _Draft:
     """Distinct responses and, for a conversational row, its messages with typed special tokens marked."""
     named = row.responses()
@@ -143,7 +147,7 @@ def _draft(row: PreferenceRow, tokenizer: Tokenizer) -> _Draft:
 
 
 def _mark(draft: _Draft, contents: list[str], tokenizer: Tokenizer) -> None:
-    """Put placeholders where special tokens are typed, so that the template and its own special tokens are told apart."""
+    """Put placeholders where special tokens are typed, so that the template's own are told apart from them."""
     used = set().union(*contents)
     draft.mark = next((mark for mark in map(chr, _PRIVATE_USE) if mark not in used), "")
     found = [match.group() for text in contents for match in tokenizer.special_pattern.finditer(text)]
@@ -165,9 +169,7 @@ def _render(drafts: list[_Draft], tokenizer: Tokenizer) -> None:
     chats = [draft for draft in drafts if draft.conversation and draft.skipped is None]
     if not chats:
         return
-    both = [
-        [[*chat.conversation, {"role": "assistant", "content": text}] for text in chat.responses] for chat in chats
-    ]
+    both = [[[*chat.conversation, {"role": "assistant", "content": text}] for text in chat.responses] for chat in chats]
     try:
         prompts = tokenizer.render([chat.conversation for chat in chats], generation_prompt=True)
         fulls = iter(tokenizer.render([messages for chat in both for messages in chat], generation_prompt=False))
@@ -225,13 +227,11 @@ def _restart(draft: _Draft, tokenizer: Tokenizer) -> tuple[int, int]:
 
     Tokenizers work on the text between special tokens, so what precedes one is not encoded again for each response.
     """
-    last = None
-    for last in tokenizer.special_pattern.finditer(draft.prompt):
-        pass
-    token = None if last is None else tokenizer.special.get(last.group())
-    if last is None or token is None or token not in draft.prompt_ids:
-        return 0, 0
-    return last.start(), len(draft.prompt_ids) - 1 - draft.prompt_ids[::-1].index(token)
+    for last in list(tokenizer.special_pattern.finditer(draft.prompt))[-1:]:
+        token = tokenizer.special.get(last.group())
+        if token in draft.prompt_ids:
+            return last.start(), len(draft.prompt_ids) - 1 - draft.prompt_ids[::-1].index(token)
+    return 0, 0
 
 
 def _encode_apart(items: Iterable[tuple[_Draft, int]], tokenizer: Tokenizer) -> None:

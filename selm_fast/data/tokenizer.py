@@ -69,10 +69,10 @@ class Tokenizer:
 
     def render(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[str]:
         """Conversations through the chat template, in transformers' sandbox; whatever the template raises passes."""
-        rendered: list[str] = self.hf.apply_chat_template(
+        rendered: Any = self.hf.apply_chat_template(
             [list(messages) for messages in conversations], tokenize=False, add_generation_prompt=generation_prompt
         )
-        return rendered
+        return list(rendered)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, nothing added.
@@ -103,7 +103,7 @@ class Tokenizer:
         return text
 
     def digest(self) -> str:
-        """SHA-256 of everything that decides which ids a text becomes: pipeline, vocabulary, template, special tokens."""
+        """SHA-256 of what decides which ids a text becomes: pipeline, vocabulary, chat template, special tokens."""
         pipeline = json.loads(self.hf.backend_tokenizer.to_str())
         pipeline.pop("truncation", None)
         pipeline.pop("padding", None)
@@ -178,7 +178,7 @@ def _probe_template(hf: PreTrainedTokenizerFast) -> tuple[int | None, str | None
         return None, "the tokenizer has no chat template; add chat_template.jinja to its folder, or use plain-text rows"
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = hf.apply_chat_template(turns, tokenize=False)
+        text = str(hf.apply_chat_template(turns, tokenize=False))
     except Exception as error:  # a template may raise anything
         return None, f"the chat template cannot render a user's and an assistant's turn ({error!r}); correct it"
     before, found, after = text.rpartition(_PROBE)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from selm_fast.batch import PackedBatch
 from selm_fast.data.packing import Plan
-from selm_fast.errors import Refused, Stopped
+from selm_fast.errors import Refused, RunFailed, Stopped
 from selm_fast.model import Policy
 from selm_fast.training import storage
 from selm_fast.training.signals import StopFlag
@@ -82,7 +82,7 @@ class ReferenceCache:
             try:
                 packs = list(self._read_packs(same["shards"]))
                 keys, values = [key for ks, _ in packs for key in ks], [value for _, vs in packs for value in vs.tolist()]
-                if [tuple(ks) for ks, _ in packs] == [batch.sequence_keys for batch in _batches(plan)]:
+                if [tuple(ks) for ks, _ in packs] == plan.pack_keys():
                     return ReferenceLogps(dict(zip(keys, values, strict=True)), [vs for _, vs in packs])
                 log.warning("reference cache %s: keys are not those of the plan it is filed under; rebuilding", self.path)
             except Damaged as damage:
@@ -98,7 +98,7 @@ class ReferenceCache:
                     by_key |= dict(zip(keys, values.tolist(), strict=True))
             except Damaged as damage:
                 log.warning("reference cache: %s; not used", damage)
-        if not by_key or any(key not in by_key for batch in _batches(plan) for key in batch.sequence_keys):
+        if not by_key or any(key not in by_key for keys in plan.pack_keys() for key in keys):
             return None
         log.warning(
             "reference cache %s was made under another plan (order, groups a step or max_tokens): log-probs may differ by %g of "
@@ -132,7 +132,8 @@ class ReferenceCache:
             assert index >= len(done), "a shard's packs are those of the plan its pass is filed under"
             with torch.no_grad():
                 values = policy.sequence_logps(batch.to(device)).cpu()
-            _check_values(values, f"the reference's log-probs of rows {list(batch.row_ids)}")
+            if bad := _bad_value(values):
+                raise RunFailed(f"the reference model gives rows {list(batch.row_ids)} {bad}; check its weights and dtype")
             packs.append((list(batch.sequence_keys), values))
             on_batch(batch.num_groups)
             if stop.requested or sum(len(keys) for keys, _ in packs) >= SHARD_SEQUENCES:
@@ -182,7 +183,8 @@ class ReferenceCache:
                 raise Damaged(f"{path}: not a shard of a reference cache ({error})") from error
             if sum(sizes) != len(keys) or len(keys) != len(values):
                 raise Damaged(f"{path}: {len(keys)} keys, {len(values)} log-probs, packs of {sum(sizes)} in all")
-            _check_values(values, str(path))
+            if bad := _bad_value(values):
+                raise Damaged(f"{path} holds {bad}")
             raw = keys.numpy()
             start = 0
             for size in sizes:
@@ -226,11 +228,9 @@ def _batches(plan: Plan) -> Iterator[PackedBatch]:
         yield from plan.batches(step)
 
 
-def _check_values(values: Tensor, where: str) -> None:
-    """Raises Damaged for a log-prob that is NaN, infinite or above 0."""
+def _bad_value(values: Tensor) -> str | None:
     bad = ~torch.isfinite(values) | (values > 0)
-    if bad.any():
-        raise Damaged(f"{where}: log-prob {values[bad][0].item()} found; each must be finite and at most 0")
+    return f"a log-prob of {values[bad][0].item()}; each must be finite and at most 0" if bad.any() else None
 
 
 def require(cache: ReferenceCache, plans: list[Plan]) -> None:

@@ -88,8 +88,10 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `final`, with a manifest of its files, when the block ends well; else it is removed.
+def new_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends well; else it is removed.
+
+    manifest: add a manifest.json with every file's size and sha256.
 
     Raises RunFailed on a full disk; FileExistsError where `final` is there already.
     """
@@ -106,7 +108,8 @@ def new_folder(final: Path) -> Iterator[Path]:
                 for path in sorted(temporary.rglob("*"))
                 if path.is_file()
             }
-            write_new(temporary / MANIFEST, to_json({"files": files}))
+            if manifest:
+                write_new(temporary / MANIFEST, to_json({"files": files}))
             for folder in sorted({path.parent for path in temporary.rglob("*")}):
                 fsync_folder(folder)
             _rename(temporary, final)

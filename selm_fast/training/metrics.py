@@ -1,0 +1,83 @@
+"""Metrics of a run: a JSON line a step, always; TensorBoard where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selm_fast.errors import Refused
+
+# Metrics that differ between two runs of the same command.
+TIMINGS = ("tokens_per_second", "groups_per_second", "memory_gib", "seconds")
+
+
+def mean(parts: Iterable[Tensor]) -> Tensor:
+    """Mean over the groups of a step, NaN left out: () fp64, from (G_i,) fp64 of its micro-batches; NaN where all are.
+
+    Taken around the first value, so that equal values have exactly that mean.
+    """
+    values = torch.cat(list(parts))
+    there = ~values.isnan()
+    first = values[there.to(torch.uint8).argmax()]
+    return first + torch.where(there, values - first, 0.0).sum() / there.sum()
+
+
+def step_means(parts: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`mean` of every metric over the micro-batches of a step."""
+    return {name: mean(part[name] for part in parts) for name in parts[0]}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and, if asked, TensorBoard."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool, length: int = 0) -> None:
+        """length: bytes to keep of an earlier part of this run; lines after it belong to steps that are run again.
+
+        Raises Refused where TensorBoard is asked for and not installed.
+        """
+        self._writer: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise Refused("log.tensorboard is set and tensorboard is not installed: pip install 'selm_fast[tensorboard]'") from error
+            self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._file = (folder / "metrics.jsonl").open("ab")
+        self._file.truncate(length)
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Add a line: `step` and its metrics. What is not finite becomes null, which JSON has."""
+        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
+        self._file.write(json.dumps(line).encode() + b"\n")
+        if self._writer is not None:
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._writer.add_scalar(name, value, line["step"])
+
+    def sync(self) -> int:
+        """Make every line durable; -> the length of the file in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()

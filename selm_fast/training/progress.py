@@ -1,0 +1,53 @@
+"""What a person sees while a run works: a bar with an ETA on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 10.0  # between two plain lines of one phase
+
+
+class Display:
+    """Prints messages and the progress of phases; silent where `quiet`."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        """Print a line."""
+        self.console.print(message, markup=False)
+
+    @contextmanager
+    def phase(self, name: str, total: int, unit: str) -> Iterator[Phase]:
+        """Show a phase of `total` units while the block runs."""
+        if not self.console.is_terminal:
+            yield Phase(self, name, total, unit, None)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            yield Phase(self, name, total, unit, bar)
+
+
+class Phase:
+    """One phase under way."""
+
+    def __init__(self, display: Display, name: str, total: int, unit: str, bar: Progress | None) -> None:
+        self._display, self._name, self._total, self._unit, self._bar = display, name, total, unit, bar
+        self._task = bar.add_task(name, total=total) if bar else None
+        self._done = 0
+        self._began = self._spoke = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """Count units done; on a plain console a line is printed every ten seconds."""
+        self._done += count
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, count)
+        elif (now := time.monotonic()) - self._spoke >= LINE_SECONDS:
+            self._spoke = now
+            left = (now - self._began) / self._done * (self._total - self._done)
+            self._display.say(f"{self._name}: {self._done}/{self._total} {self._unit}, {left:.0f} s left")

@@ -1,0 +1,305 @@
+"""`train`: from settings and rows to a trained model, in one process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import selm_fast
+from selm_fast import ops
+from selm_fast.config import Config
+from selm_fast.data.dataset import Dataset, load_groups
+from selm_fast.data.packing import Plan, plan_epoch
+from selm_fast.data.tokenizer import Tokenizer, load_tokenizer
+from selm_fast.errors import Refused, Stopped
+from selm_fast.model import Policy, support
+from selm_fast.training import export, reference_cache
+from selm_fast.training.loop import Trainer
+from selm_fast.training.masters import Masters, weights_digest
+from selm_fast.training.progress import Display
+from selm_fast.training.reference_cache import ReferenceCache, ReferenceLogps
+from selm_fast.training.run_folder import RunFolder
+from selm_fast.training.signals import StopFlag
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    output_dir: the run's folder.  model_dir: the trained model, a Hugging Face folder.
+    steps: optimiser steps.  evaluations: metrics on the held-out rows, by step, `eval_<name>`.
+    """
+
+    output_dir: Path
+    model_dir: Path
+    steps: int
+    evaluations: dict[int, dict[str, float]]
+
+
+def train(
+    config: Config,
+    *,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train one iteration on ranked rows; the same settings and rows again go on where an earlier call was stopped.
+
+    rows: preference rows in any format that `data.train` may have, instead of it.
+    on_log: called with the metrics of each step and evaluation, by name, and its `step`.
+    Raises Refused before any work for bad settings, data or machine; RunFailed when it cannot go on; Stopped after
+    SIGTERM or Ctrl-C, with everything saved.
+    """
+    display = Display()
+    with StopFlag() as stop:
+        return _Run(config, display, stop, on_log or (lambda _: None)).train(rows)
+
+
+@dataclass(slots=True)
+class _Run:
+    config: Config
+    display: Display
+    stop: StopFlag
+    on_log: Callable[[dict[str, Any]], None]
+
+    def train(self, rows: Iterable[Mapping[str, Any]] | None) -> TrainResult:
+        config = self.config
+        if config.output_dir is None:
+            raise Refused("output_dir is not set: give the folder of this run, --output_dir runs/first")
+        if config.data.train is None and rows is None:
+            raise Refused("data.train is not set: give the rows to train on, --data.train rows.jsonl")
+        if config.model.path is None and config.model.init is None:
+            raise Refused("model.path is not set: give the model to train, or model.init, a config.json to make one from")
+        folder = RunFolder(config.output_dir.expanduser())
+        record = folder.check(config)
+        device, dtype = choose_device(config)
+        tokenizer = load_tokenizer(str(config.tokenizer_source))
+        data, held_out = self._data(tokenizer, _vocab_size(config), rows)
+        plans, eval_plan = self._plans(data, held_out)
+        facts = {"data": data.digest, "eval_data": held_out and held_out.digest, "tokenizer": tokenizer.digest()}
+        if record is not None:
+            _check_facts(record, facts, folder.path)
+            if record["done"]:
+                self.display.say(f"{folder.path} holds this run, finished; nothing to do")
+                return _result(folder)
+
+        references = None
+        if config.model.reference is not None:
+            # One model at a time: the reference is gone before the policy is loaded.
+            reference_policy = self._load(config.model.reference, device)
+            self._prepare(reference_policy, dtype)
+            references = self._references(reference_policy, tokenizer, dtype, plans[0], eval_plan)
+            del reference_policy
+        policy = self._load(config.model.path, device)
+        _check_disk(folder.path, policy, dtype)
+        masters = self._prepare(policy, dtype)
+        facts["weights"] = weights_digest(policy.model)
+        if record is None:
+            record = {
+                "config": config.to_json(),
+                **facts,
+                "dtype": str(dtype).removeprefix("torch."),
+                "exploration_weight": config.exploration_weight,
+                "num_groups": len(data.groups),
+                "versions": {"selm_fast": selm_fast.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+                "done": False,
+            }
+            folder.begin(record)
+        _check_facts(record, facts, folder.path)
+        references = references or self._references(policy, tokenizer, dtype, plans[0], eval_plan)
+        export.save_assets(folder.assets, policy.model, tokenizer.hf)
+        trainer = Trainer(
+            config, folder, policy, masters, make_optimizer(masters, config), plans, references[0],
+            eval_plan, references[1] if eval_plan else None, self.display, self.stop, self.on_log,
+        )  # fmt: skip
+        trainer.resume()
+        began = time.perf_counter()
+        first_step = trainer.position.step
+        trainer.run()
+        seconds = time.perf_counter() - began
+        weights = {name: master.detach() for name, master in masters.masters.items()}
+        shutil.rmtree(folder.model, ignore_errors=True)
+        export.write_model(folder.model, folder.assets, weights, record["dtype"], record | {"step": trainer.total_steps})
+        folder.begin(record | {"done": True})
+        self.display.say(
+            f"trained {trainer.total_steps - first_step} steps in {seconds:.1f} s, evaluation counted in; the model is in {folder.model}"
+        )
+        return _result(folder)
+
+    def _load(self, path: str | None, device: torch.device) -> Policy:
+        """The model at `path`, or the random one of model.init; weights in fp32."""
+        config = self.config
+        if path is None:
+            assert config.model.init is not None
+            return Policy.from_config(config.model.init, seed=config.seed, device=device, head_mode=config.head_mode)
+        return Policy.from_pretrained(
+            path, device=device, head_mode=config.head_mode, trust_remote_code=config.model.trust_remote_code
+        )
+
+    def _prepare(self, policy: Policy, dtype: torch.dtype) -> Masters:
+        """Cast to the compute dtype, spread the masters, and set checkpointing and compilation."""
+        dither = self.config.grid_dither if self.config.grid_dither is not None else dtype == torch.bfloat16
+        masters = Masters(policy.model, dtype, dither_seed=self.config.seed if dither else None)
+        if self.config.model.activation_checkpointing == "full":
+            policy.checkpoint_activations()
+        if self.config.model.compile:
+            policy.compile_layers()
+        return masters
+
+    def _data(self, tokenizer: Tokenizer, vocab_size: int, rows: Iterable[Mapping[str, Any]] | None) -> tuple[Dataset, Dataset | None]:
+        config = self.config
+        wants_explored = config.exploration_weight != 0
+        data = load_groups(
+            None if rows is not None else config.data.train, config.data, tokenizer, rows=rows, vocab_size=vocab_size,
+            wants_explored=wants_explored,
+        )  # fmt: skip
+        held_out = None
+        if config.data.eval is not None:
+            held_out = load_groups(config.data.eval, config.data, tokenizer, vocab_size=vocab_size, wants_explored=wants_explored)
+        for dataset in filter(None, (data, held_out)):
+            report = dataset.report
+            self.display.say(f"{report.source}: {report.rows_used} of {report.rows_read} rows used, {report.packed_tokens} packed tokens")
+            for reason, count in report.skipped.items():
+                self.display.say(f"  skipped: {count} {reason}")
+            for note, count in report.notes.items():
+                if count:
+                    self.display.say(f"  note: {count} {note}")
+            for warning in report.warnings:
+                self.display.say(f"  warning: {warning}")
+        return data, held_out
+
+    def _plans(self, data: Dataset, held_out: Dataset | None) -> tuple[list[Plan], Plan | None]:
+        batch = self.config.batch
+        try:
+            plans = [
+                plan_epoch(
+                    data.groups, groups_per_step=batch.groups, max_tokens=batch.max_tokens, seed=self.config.seed, epoch=epoch, shuffle=batch.shuffle
+                )
+                for epoch in range(self.config.epochs)
+            ]
+            eval_plan = held_out and plan_epoch(
+                held_out.groups, groups_per_step=batch.groups, max_tokens=batch.max_tokens, seed=self.config.seed, shuffle=False
+            )
+        except ValueError as error:
+            raise Refused(f"batch.max_tokens is too small: {error}") from error
+        return plans, eval_plan
+
+    def _references(
+        self, policy: Policy, tokenizer: Tokenizer, dtype: torch.dtype, plan: Plan, eval_plan: Plan | None
+    ) -> list[ReferenceLogps]:
+        config = self.config
+        cache = ReferenceCache(config.cache.dir, cache_identity(config, policy, tokenizer, dtype))
+        plans = [plan, *([eval_plan] if eval_plan else [])]
+        if config.cache.require:
+            reference_cache.require(cache, plans)
+        found = []
+        for one in plans:
+            values = cache.find(one)
+            if values is not None:
+                self.display.say(f"reference log-probs of {len(one.groups)} groups: from the cache, no forward pass")
+            else:
+                began = time.perf_counter()
+                with self.display.phase("reference pass", len(one.groups), "groups") as phase:
+                    values = cache.fill(one, policy, stop=self.stop, on_batch=phase.advance)
+                self.display.say(f"reference log-probs of {len(one.groups)} groups: computed in {time.perf_counter() - began:.1f} s")
+            found.append(values)
+            if self.stop.requested:
+                raise Stopped("stopped after the reference pass, which is saved; run the same command to go on")
+        return found
+
+
+def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device and compute dtype a run uses. Raises Refused where the machine does not have them."""
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise Refused("device is cuda and this machine has no usable NVIDIA GPU: set device to cpu, or see selm-fast doctor")
+    device = torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+    if config.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise Refused("dtype is bfloat16 and this GPU has none (compute capability 8.0 is the first that has): set dtype to float32")
+    return device, dtype
+
+
+def _vocab_size(config: Config) -> int:
+    """Rows of the model's embedding, from its configuration alone. Raises Refused where it cannot be read."""
+    source = str(config.model.path or config.model.init)
+    if config.model.path is not None:
+        support.check_source(source, trust_remote_code=config.model.trust_remote_code)
+    try:
+        found = transformers.AutoConfig.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{source} has no configuration of a transformers model: {error}") from error
+    return int(found.get_text_config().vocab_size)
+
+
+def make_optimizer(masters: Masters, config: Config) -> torch.optim.Optimizer:
+    """AdamW over the masters; as in transformers, biases and norm weights are not decayed."""
+    optim = config.optim
+    decayed = [master for master in masters.masters.values() if master.dim() >= 2]
+    others = [master for master in masters.masters.values() if master.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+
+
+def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that could change a reference log-prob, by name; what cannot (learning rate, beta) is left out."""
+    device = policy.head.weight.device
+    model_config = policy.model.config.to_json_string(use_diff=False)
+    on_cpu = device.type == "cpu"
+    return {
+        "weights": weights_digest(policy.model),
+        "model_config": hashlib.sha256(model_config.encode()).hexdigest(),
+        "tokenizer": tokenizer.digest(),
+        "max_length": config.data.max_length,
+        "max_prompt_length": config.data.max_prompt_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compile": config.model.compile,
+        "ops": ops.backends(device.type),
+        # Another number of threads cuts a matmul elsewhere and changes its last bit.
+        "processor": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device),
+        "versions": {"selm_fast": selm_fast.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _check_facts(record: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
+    names = {"data": "training rows", "eval_data": "held-out rows", "tokenizer": "tokenizer", "weights": "initial weights"}
+    changed = [names[key] for key, value in facts.items() if record.get(key) != value]
+    if changed:
+        raise Refused(
+            f"output_dir {path} holds a run of the same settings on other {' and '.join(changed)}: put them back to go on, or choose another output_dir"
+        )
+
+
+def _check_disk(path: Path, policy: Policy, dtype: torch.dtype) -> None:
+    """Refuse where not even one checkpoint (fp32 masters and two moments) and the exported model fit."""
+    count = sum(parameter.numel() for parameter in policy.parameters())
+    needed = count * (12 + dtype.itemsize)
+    there = path
+    while not there.exists():
+        there = there.absolute().parent
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise Refused(
+            f"output_dir {path} has {free / 2**30:.1f} GiB free; one checkpoint and the exported model take {needed / 2**30:.1f} GiB: "
+            "free space or choose another disk"
+        )
+
+
+def _result(folder: RunFolder) -> TrainResult:
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_bytes().splitlines()]
+    evaluations = {line["step"]: line for line in lines if "eval_loss" in line}
+    steps = max((line["step"] for line in lines), default=0)
+    return TrainResult(folder.path, folder.model, steps, evaluations)
