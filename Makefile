@@ -9,7 +9,7 @@ CAN_RUN := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(CAN_RUN)' >/dev/null 2>&1 && echo "$$p" && break; done)
 PYTEST_ARGS ?=
 
-# Two workers with one thread each beat one worker with two threads, and one thread repeats itself to the bit.
+# Two workers of one thread each: the tests are many and small, and one thread repeats itself to the bit.
 PYTEST := -m pytest -n 2 $(PYTEST_ARGS)
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
@@ -48,13 +48,15 @@ clean: ## removes the environments, builds and caches
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find selm_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Variables, because a comma in the arguments of `call` would end one.
 EXTRAS := datasets,tensorboard,peer,dev
+EXTRAS_FLOOR := datasets,tensorboard,test
 
 .venv/.stamp: pyproject.toml setup.py constraints.txt
 	$(call environment,.venv,-c constraints.txt,$(EXTRAS))
 
 .venv-floor/.stamp: pyproject.toml setup.py constraints-floor.txt
-	$(call environment,.venv-floor,-c constraints-floor.txt,datasets,tensorboard,test)
+	$(call environment,.venv-floor,-c constraints-floor.txt,$(EXTRAS_FLOOR))
 
 # $(call environment,FOLDER,OPTIONS OF PIP,EXTRAS). torch comes before the package, whose extension is built against it.
 define environment

@@ -148,7 +148,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _alpha_has_a_meaning(self) -> Self:
         if self.method == "dpo" and "alpha" in self.model_fields_set and self.alpha != 0:
-            raise ValueError(f"method dpo has no exploration term, yet alpha is {self.alpha}; use method selm or drop it")
+            raise ValueError(
+                f"method dpo has no exploration term, yet alpha is {self.alpha}; use method selm or drop it"
+            )
         return self
 
     @property

@@ -140,12 +140,6 @@ def split_recipe(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     return recipe, flags
 
 
-def config_diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """The settings that differ: (dotted name, old value, new value), as JSON values."""
-    before, after = _flat(old.to_json()), _flat(new.to_json())
-    return [(name, before[name], after[name]) for name in settings() if before[name] != after[name]]
-
-
 def _setting(name: str, field: dict[str, Any]) -> Setting:
     arms = field.get("anyOf", [field])
     value = next(arm for arm in arms if arm["type"] != "null")
@@ -217,11 +211,6 @@ def _nested(name: str) -> str:
 
 def _names_of(section: str) -> str:
     return ", ".join(name.rpartition(".")[2] for name, setting in settings().items() if setting.section == section)
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    inner = {f"{name}.{leaf}": value for name in sections() for leaf, value in values[name].items()}
-    return {name: value for name, value in values.items() if name not in sections()} | inner
 
 
 def _validate(values: dict[str, Any], sources: dict[str, str]) -> Config:

@@ -21,6 +21,8 @@ ID_COLUMNS: Final = ("prompt_ids", "chosen_ids", "rejected_ids", "reference_resp
 SCORE_COLUMNS: Final = ("score_chosen", "score_rejected")
 COLUMNS: Final = TEXT_COLUMNS + ID_COLUMNS + SCORE_COLUMNS
 
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+
 _EXPECTED: Final = (
     "expected chosen and rejected, with or without prompt, as text or as lists of {role, content} messages that end "
     "with the assistant's, and optionally reference_response; or prompt_ids, chosen_ids and rejected_ids as lists of "
@@ -175,6 +177,8 @@ def _messages(value: Any, name: str, where: str) -> list[Message]:
         for key in ("role", "content"):
             if not isinstance(message[key], str):
                 raise Refused(f"{where}: {name}[{index}].{key} is {_kind(message[key])}; expected text")
+        if message["role"] not in ROLES:  # templates write roles between special tokens: "<|" + role + "|>"
+            raise Refused(f"{where}: {name}[{index}].role is {message['role']!r}; expected one of {', '.join(ROLES)}")
         if message.get("tool_calls"):
             raise Refused(f"{where}: {name}[{index}] has tool_calls; only text turns can be trained on: drop such rows")
         messages.append({"role": message["role"], "content": message["content"]})

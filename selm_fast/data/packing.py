@@ -26,14 +26,17 @@ def sequence_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
 def pack(groups: Sequence[TokenGroup], *, max_tokens: int | None = None) -> list[PackedBatch]:
     """Lay groups out as packed batches; equal responses of a group are found by their ids and encoded once.
 
-    max_tokens: rows T of a batch, at most; the groups are then balanced over as few batches as hold them (None: one batch).
+    max_tokens: rows T of a batch, at most; the groups are then balanced over as few batches as hold them (None: one
+    batch).
     Raises ValueError for no groups, an empty prompt or response, or a group longer than max_tokens.
     """
     if not groups:
         raise ValueError("pack() needs at least one group; got none")
     for index, group in enumerate(groups):
         if not group.prompt or not all(group.responses()):
-            raise ValueError(f"group {_row_id(group, index)} has an empty prompt or response; each needs at least one token id")
+            raise ValueError(
+                f"group {_row_id(group, index)} has an empty prompt or response; each needs at least one token id"
+            )
     costs = [group.num_tokens() for group in groups]
     parts = [list(range(len(groups)))] if max_tokens is None else balance(costs, max_tokens)
     return [_pack_one([groups[i] for i in part], [_row_id(groups[i], i) for i in part]) for part in parts]
@@ -44,13 +47,17 @@ def _row_id(group: TokenGroup, index: int) -> int:
 
 
 def balance(costs: Sequence[int], capacity: int) -> list[list[int]]:
-    """Spread items over as few bins as hold them: longest first into the least loaded, ties by index; bins list indices in order.
+    """Spread items over as few bins as hold them: longest first into the least loaded, ties by index; bins list
+    indices in order.
 
     Raises ValueError for an item that fits no bin.
     """
     if costs and max(costs) > capacity:
         worst = max(range(len(costs)), key=lambda i: costs[i])
-        raise ValueError(f"item {worst} takes {costs[worst]} tokens and a batch holds {capacity}: raise max_tokens or shorten max_length")
+        raise ValueError(
+            f"item {worst} takes {costs[worst]} tokens and a batch holds {capacity}: raise max_tokens or shorten "
+            "max_length"
+        )
     longest_first = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     bins = max(1, -(-sum(costs) // capacity))
     while True:
@@ -77,7 +84,11 @@ def _pack_one(groups: Sequence[TokenGroup], row_ids: Sequence[int]) -> PackedBat
             if nth == 0:
                 inputs, start, shared = prompt + inputs, 0, range(0)
             else:
-                inputs, start, shared = prompt[-1:] + inputs, len(prompt) - 1, range(prompt_row, prompt_row + len(prompt) - 1)
+                inputs, start, shared = (
+                    prompt[-1:] + inputs,
+                    len(prompt) - 1,
+                    range(prompt_row, prompt_row + len(prompt) - 1),
+                )
             tokens += inputs
             positions += range(start, start + len(inputs))
             kv_index += (*shared, *range(row, row + len(inputs)))
@@ -130,7 +141,11 @@ class Plan:
     def pack_keys(self) -> list[tuple[bytes, ...]]:
         """The sequence keys of every micro-batch, in order: what `batches` will put in each, without packing."""
         return [
-            tuple(sequence_key(self.groups[i].prompt, response) for i in members for response in self.groups[i].responses())
+            tuple(
+                sequence_key(self.groups[i].prompt, response)
+                for i in members
+                for response in self.groups[i].responses()
+            )
             for step in self.steps
             for members in step
         ]
@@ -144,14 +159,22 @@ class Plan:
 
 
 def plan_epoch(
-    groups: Sequence[TokenGroup], *, groups_per_step: int, max_tokens: int, seed: int, epoch: int = 0, shuffle: bool = True
+    groups: Sequence[TokenGroup],
+    *,
+    groups_per_step: int,
+    max_tokens: int,
+    seed: int,
+    epoch: int = 0,
+    shuffle: bool = True,
 ) -> Plan:
     """Cut an epoch into optimiser steps and balanced micro-batches; the same arguments give the same plan.
 
     groups_per_step: G of every step but the last, which takes what is left.
     Raises ValueError for a group longer than max_tokens.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist() if shuffle else list(range(len(groups)))
+    order = (
+        np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist() if shuffle else list(range(len(groups)))
+    )
     steps = []
     for start in range(0, len(order), groups_per_step):
         members = order[start : start + groups_per_step]

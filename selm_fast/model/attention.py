@@ -52,7 +52,8 @@ def attention(
     """
     if selm_kv_index is None or selm_cu_seqlens_q is None or selm_cu_seqlens_k is None:
         raise ValueError(
-            f"attention {NAME!r} reads packed batches only and got no packed metadata: call Policy.token_logps(batch), or "
+            f"attention {NAME!r} reads packed batches only and got no packed metadata: call "
+            "Policy.token_logps(batch), or "
             'model.set_attn_implementation("sdpa") before using the model by itself'
         )
     if attention_mask is not None:

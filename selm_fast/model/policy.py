@@ -21,11 +21,14 @@ from selm_fast.ops import linear_logprob, preference_loss, sequence_sum
 class Policy(nn.Module):
     """A causal language model that reads packed batches; its head runs fused, outside the body.
 
-    model: a transformers causal language model. Its attention is switched to this package's; its weights are not touched.
+    model: a transformers causal language model. Its attention is switched to this package's; its weights are not
+    touched.
     head_mode: "auto" | "keep" | "recompute", as in `selm_fast.ops.linear_logprob`.
     """
 
-    def __init__(self, model: Any, *, head_mode: Literal["auto", "keep", "recompute"] = "auto", source: str = "model") -> None:
+    def __init__(
+        self, model: Any, *, head_mode: Literal["auto", "keep", "recompute"] = "auto", source: str = "model"
+    ) -> None:
         super().__init__()
         support.check_model(model, source)
         model.set_attn_implementation(NAME)
@@ -34,7 +37,9 @@ class Policy(nn.Module):
         config = model.config
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
-        self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
 
     @classmethod
     def from_pretrained(
@@ -49,15 +54,15 @@ class Policy(nn.Module):
         """Load a folder or hub name; only safetensors are read.
 
         dtype: of the weights in memory.
-        Raises Refused for what cannot share prefixes or is not served, for missing weights, and for a model whose packed
-        log-probs differ from its own.
+        Raises Refused for what cannot share prefixes or is not served, for missing weights, and for a model whose
+        packed log-probs differ from its own.
         """
         source = str(path)
         support.check_source(source, trust_remote_code=trust_remote_code)
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             support.check_config(config.to_dict(), trust_remote_code=trust_remote_code, source=source)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -65,10 +70,15 @@ class Policy(nn.Module):
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
+            model, info = loaded
         except (OSError, ValueError) as error:
-            raise error if isinstance(error, Refused) else Refused(f"cannot load the model {source}: {error}") from error
+            raise (
+                error if isinstance(error, Refused) else Refused(f"cannot load the model {source}: {error}")
+            ) from error
         if info["missing_keys"]:
-            raise Refused(f"{source} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}; the file is not of this model")
+            raise Refused(
+                f"{source} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}; the file is not of this model"
+            )
         return cls._ready(model.to(device), head_mode, source)
 
     @classmethod

@@ -32,11 +32,14 @@ def check_packed(policy: Policy, source: str) -> None:
     for response in group.responses():
         inputs = torch.tensor([group.prompt + response], device=device)
         logits = model(input_ids=inputs, use_cache=False).logits[0, len(group.prompt) - 1 : -1].double()
-        own.append(logits.log_softmax(-1).gather(1, torch.tensor(response, device=device).unsqueeze(1)).squeeze(1).cpu())
+        own.append(
+            logits.log_softmax(-1).gather(1, torch.tensor(response, device=device).unsqueeze(1)).squeeze(1).cpu()
+        )
     model.set_attn_implementation(NAME)
     error = (packed - torch.cat(own)).abs().max().item()
     if not error <= TOLERANCE[dtype]:
         raise Refused(
-            f"{source} ({model.config.model_type}): log-probs through packed batches differ from the model's own by {error:.2g} nats "
+            f"{source} ({model.config.model_type}): log-probs through packed batches differ from the model's own by "
+            f"{error:.2g} nats "
             f"a token (at most {TOLERANCE[dtype]:g} expected); this model is not served"
         )

@@ -1,4 +1,5 @@
-"""What is refused, and why: models whose responses cannot share an encoded prompt, and what this package does not serve."""
+"""What is refused, and why: models whose responses cannot share an encoded prompt, and what this package does not
+serve."""
 
 from __future__ import annotations
 
@@ -24,13 +25,21 @@ def check_source(source: str, *, trust_remote_code: bool) -> None:
         return
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise Refused(f"{source} is a LoRA adapter; LoRA is not served: merge it into its base model and give that folder")
+            raise Refused(
+                f"{source} is a LoRA adapter; LoRA is not served: merge it into its base model and give that folder"
+            )
         raise Refused(f"{source} has no config.json: expected the folder of a transformers model")
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f"; it has {', '.join(pickled)}, and pickled weights run code on load: convert them to safetensors" if pickled else ""
+        found = (
+            f"; it has {', '.join(pickled)}, and pickled weights run code on load: convert them to safetensors"
+            if pickled
+            else ""
+        )
         raise Refused(f"{source} has no *.safetensors weights{found}")
-    check_config(json.loads((folder / "config.json").read_text("utf-8")), trust_remote_code=trust_remote_code, source=source)
+    check_config(
+        json.loads((folder / "config.json").read_text("utf-8")), trust_remote_code=trust_remote_code, source=source
+    )
 
 
 def check_config(config: dict[str, Any], *, trust_remote_code: bool, source: str) -> None:
@@ -43,10 +52,13 @@ def check_config(config: dict[str, Any], *, trust_remote_code: bool, source: str
     kind = config.get("model_type", "unknown")
     if kind not in CONFIG_MAPPING and config.get("auto_map") and not trust_remote_code:
         raise Refused(
-            f"{source} ({kind}) brings its own Python code (auto_map); set model.trust_remote_code to true if you trust its authors"
+            f"{source} ({kind}) brings its own Python code (auto_map); set model.trust_remote_code to true if you "
+            "trust its authors"
         )
     if config.get("quantization_config"):
-        raise Refused(f"{source} ({kind}) has quantised weights; they are not served: give the folder of the unquantised model")
+        raise Refused(
+            f"{source} ({kind}) has quantised weights; they are not served: give the folder of the unquantised model"
+        )
     for part in VISION_OR_AUDIO:
         if config.get(part):
             raise Refused(f"{source} ({kind}) has a {part}: vision and audio models are not served, only text models")
@@ -61,7 +73,8 @@ def check_config(config: dict[str, Any], *, trust_remote_code: bool, source: str
     for name, value in config.items():
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, int | float) and value > 0:
             raise Refused(
-                f"{source} ({kind}) has {name} = {value}: with dropout on, responses cannot share an encoded prompt and step 0 is not "
+                f"{source} ({kind}) has {name} = {value}: with dropout on, responses cannot share an encoded prompt "
+                "and step 0 is not "
                 f"exact; set {name} to 0 in its config.json"
             )
 
@@ -77,6 +90,9 @@ def check_model(model: Any, source: str) -> None:
     if getattr(model, "_is_stateful", False):
         raise Refused(f"{source} ({kind}) carries recurrent state: its responses cannot share an encoded prompt")
     if not getattr(model, "_supports_attention_backend", False):
-        raise Refused(f"{source} ({kind}) does not take its attention from transformers' attention interface, so it cannot read packed batches")
+        raise Refused(
+            f"{source} ({kind}) does not take its attention from transformers' attention interface, so it cannot "
+            "read packed batches"
+        )
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         raise Refused(f"{source} ({kind}) has no linear language-model head")

@@ -11,4 +11,6 @@ __all__ = ["Pairs", "backends", "linear_logprob", "preference_loss", "sequence_s
 def backends(device: str = "cpu") -> dict[str, str]:
     """Which back end serves each op on a device ("cpu" or "cuda")."""
     attention = "torch flash attention by branch" if device == "cpu" else "torch by branch"
-    return dict.fromkeys(("linear_logprob", "sequence_sum", "preference_loss"), "torch") | {"shared_prefix_attention": attention}
+    return dict.fromkeys(("linear_logprob", "sequence_sum", "preference_loss"), "torch") | {
+        "shared_prefix_attention": attention
+    }

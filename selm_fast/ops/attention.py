@@ -17,7 +17,9 @@ _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def branch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None) -> Tensor:
+def branch_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
     """One branch in plain torch, the reference: q (Lq, H, Dh), k and v (Lk, Hk, Dh), Lk >= Lq -> (Lq, H, Dh).
 
     scores = softcap * tanh(scale * q k^T / softcap), masked, softmax in fp32 (fp64 for fp64 inputs).
@@ -33,7 +35,8 @@ def branch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: i
 
 
 def _mask(num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor:
-    """Additive causal mask (Lq, Lk), bottom-right aligned; with a window a query sees its own key and window - 1 before."""
+    """Additive causal mask (Lq, Lk), bottom-right aligned; with a window a query sees its own key and window - 1
+    before."""
     query = torch.arange(num_keys - num_queries, num_keys, device=like.device).unsqueeze(1)
     key = torch.arange(num_keys, device=like.device)
     hidden = key > query
@@ -79,11 +82,19 @@ def _attention(
             repeats = q.shape[1] // k.shape[1]
             is_causal, mask = _flash_mask(qb, kb, window)
             ob, lb = _flash_cpu(
-                _heads_first(qb), _heads_first(kb, repeats), _heads_first(vb, repeats), 0.0, is_causal, attn_mask=mask, scale=scale
+                _heads_first(qb),
+                _heads_first(kb, repeats),
+                _heads_first(vb, repeats),
+                0.0,
+                is_causal,
+                attn_mask=mask,
+                scale=scale,
             )
             out[rows], lse[:, rows] = ob.squeeze(0).transpose(0, 1), lb.squeeze(0)
         else:
-            out[rows] = branch_attention(qb, kb, vb, scale=scale, window=window if window >= 0 else None, softcap=softcap or None)
+            out[rows] = branch_attention(
+                qb, kb, vb, scale=scale, window=window if window >= 0 else None, softcap=softcap or None
+            )
     return out, lse
 
 
@@ -120,7 +131,9 @@ def _attention_backward(
         else:
             leaves = [t.detach().requires_grad_() for t in (qb, kb, vb)]
             with torch.enable_grad():
-                ob = branch_attention(*leaves, scale=scale, window=window if window >= 0 else None, softcap=softcap or None)
+                ob = branch_attention(
+                    *leaves, scale=scale, window=window if window >= 0 else None, softcap=softcap or None
+                )
             dq[rows], dkeys[cols], dvalues[cols] = torch.autograd.grad(ob, leaves, gb)
     return dq, _segment_sum(dkeys, kv_index, k), _segment_sum(dvalues, kv_index, v)
 
@@ -149,7 +162,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.settings = (scale, window, softcap)
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
+@once_differentiable
 def _autograd(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     return (*_attention_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None, None)
 
@@ -174,26 +187,43 @@ def shared_prefix_attention(
     """Causal attention of B branches over T packed rows, in one call; prompts shared by branches are stored once.
 
     q: (T, H, Dh).  k, v: (T, Hk, Dh), H a multiple of Hk; fp32|bf16|fp16.
-    kv_index: (Tk,) int64, which of the T rows each key row is; branch b owns entries cu_seqlens_k[b] to cu_seqlens_k[b+1].
-    cu_seqlens_q, cu_seqlens_k: (B+1,) int32.  A branch has at least as many keys as queries and its last query sees all.
+    kv_index: (Tk,) int64, which of the T rows each key row is; branch b owns entries cu_seqlens_k[b] to
+    cu_seqlens_k[b+1].
+    cu_seqlens_q, cu_seqlens_k: (B+1,) int32.  A branch has at least as many keys as queries and its last query sees
+    all.
     max_seqlen_q, max_seqlen_k: the longest branch (what variable-length GPU kernels size their grid by).
-    scale: multiplies q k^T.  window: keys a query sees, its own among them (None: all).  softcap: of the scores, or None.
-    Returns (T, H, Dh), dtype of q; differentiable in q, k, v. The gradients of shared rows are summed in fp32, in order.
+    scale: multiplies q k^T.  window: keys a query sees, its own among them (None: all).  softcap: of the scores, or
+    None.
+    Returns (T, H, Dh), dtype of q; differentiable in q, k, v. The gradients of shared rows are summed in fp32, in
+    order.
     Raises ValueError for shapes that do not fit.
     """
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"q must be (T, H, Dh) and k, v (T, Hk, Dh) with H a multiple of Hk; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"q must be (T, H, Dh) and k, v (T, Hk, Dh) with H a multiple of Hk; got {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
     if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.dim() != 1:
         raise ValueError(
-            f"cu_seqlens_q and cu_seqlens_k must both be (B+1,); got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+            f"cu_seqlens_q and cu_seqlens_k must both be (B+1,); got {tuple(cu_seqlens_q.shape)} and "
+            f"{tuple(cu_seqlens_k.shape)}"
         )
     if max_seqlen_q > max_seqlen_k:
-        raise ValueError(f"a branch has at least as many keys as queries; got max_seqlen_q {max_seqlen_q} > max_seqlen_k {max_seqlen_k}")
+        raise ValueError(
+            f"a branch has at least as many keys as queries; got max_seqlen_q {max_seqlen_q} > max_seqlen_k "
+            f"{max_seqlen_k}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None; got {window}")
     out, _ = _attention(
-        q, k, v, kv_index, cu_seqlens_q, cu_seqlens_k, scale, -1 if window is None else window, 0.0 if softcap is None else softcap
+        q,
+        k,
+        v,
+        kv_index,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        scale,
+        -1 if window is None else window,
+        0.0 if softcap is None else softcap,
     )
     return out  # type: ignore[no-any-return]

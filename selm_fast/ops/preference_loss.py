@@ -23,7 +23,9 @@ class Pairs:
 
     def to(self, device: torch.device | str) -> Pairs:
         """The same indices on another device."""
-        return Pairs(chosen=self.chosen.to(device), rejected=self.rejected.to(device), explored=self.explored.to(device))
+        return Pairs(
+            chosen=self.chosen.to(device), rejected=self.rejected.to(device), explored=self.explored.to(device)
+        )
 
 
 def preference_loss(
@@ -36,7 +38,8 @@ def preference_loss(
     label_smoothing: float = 0.0,
     num_groups: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of G preference groups: DPO (arXiv 2305.18290, Eq. 7) plus the optimism term of SELM (arXiv 2405.19332, Eq. 4.2).
+    """Loss of G preference groups: DPO (arXiv 2305.18290, Eq. 7) plus the optimism term of SELM (arXiv 2405.19332,
+    Eq. 4.2).
 
         ratio(y) = policy_logps[y] - reference_logps[y]                                  (nats)
         Delta    = ratio(chosen) - ratio(rejected)
@@ -46,10 +49,10 @@ def preference_loss(
     exploration_weight: c; alpha * beta in SELM, alpha in XPO (arXiv 2405.21046), 0 in DPO.
     label_smoothing: s, the share of labels taken as flipped.
     num_groups: what the sum over groups is divided by: the number of groups of the whole optimiser step (default: G).
-    Returns the loss, () fp64, computed in fp64, and its metrics, each (G,) fp64 and detached: `loss`, `loss/preference`,
-    `loss/exploration`, `rewards/{chosen,rejected,explored,accuracies,margins}`, `logps/{chosen,rejected,explored}`;
-    NaN in `*/explored` where a group has no explored response. An implicit reward is beta * ratio. Equal pairs have
-    accuracy 0, as in TRL.
+    Returns the loss, () fp64, computed in fp64, and its metrics, each (G,) fp64 and detached: `loss`,
+    `loss/preference`, `loss/exploration`, `rewards/{chosen,rejected,explored,accuracies,margins}`,
+    `logps/{chosen,rejected,explored}`; NaN in `*/explored` where a group has no explored response. An implicit reward
+    is beta * ratio. Equal pairs have accuracy 0, as in TRL.
     Raises ValueError for shapes or settings that do not fit.
     """
     _check(policy_logps, reference_logps, pairs, beta, exploration_weight, label_smoothing, num_groups)
@@ -65,7 +68,9 @@ def preference_loss(
     explored = pairs.explored.clamp(min=0)
     exploration = exploration_weight * torch.where(has_explored, ratio[explored], 0.0)
     count = excess.shape[0]
-    loss = (excess + exploration).sum() / (num_groups or count or 1) + math.log(2) * (count / (num_groups or count or 1))
+    loss = (excess + exploration).sum() / (num_groups or count or 1) + math.log(2) * (
+        count / (num_groups or count or 1)
+    )
 
     with torch.no_grad():
         rewards = beta * ratio

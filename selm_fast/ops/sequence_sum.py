@@ -11,15 +11,15 @@ from torch.autograd.function import once_differentiable
 
 class _SequenceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token_logps: Tensor, cu_responses: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, token_logps: Tensor, cu_responses: Tensor) -> Tensor:
         ctx.save_for_backward(cu_responses)
         ctx.dtype, ctx.num_tokens = token_logps.dtype, token_logps.shape[0]
         # segment_reduce adds the tokens of a segment one after the other: deterministic, and blind to its neighbours.
         return torch.segment_reduce(token_logps.double(), "sum", offsets=cu_responses.long(), initial=0.0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (cu_responses,) = ctx.saved_tensors
         lengths = cu_responses.long().diff()
         return torch.repeat_interleave(grad.to(ctx.dtype), lengths, output_size=ctx.num_tokens), None
@@ -39,9 +39,11 @@ def sequence_sum(token_logps: Tensor, cu_responses: Tensor) -> Tensor:
         raise ValueError(f"cu_responses must be (S+1,) integer; got {cu_responses.dtype} {tuple(cu_responses.shape)}")
     if cu_responses.device.type == "cpu" and not _covers(cu_responses, token_logps.shape[0]):
         raise ValueError(
-            f"cu_responses must rise from 0 to N = {token_logps.shape[0]}; got {cu_responses[:4].tolist()}...{cu_responses[-1:].tolist()}"
+            f"cu_responses must rise from 0 to N = {token_logps.shape[0]}; got "
+            f"{cu_responses[:4].tolist()}...{cu_responses[-1:].tolist()}"
         )
-    return _SequenceSum.apply(token_logps, cu_responses)
+    summed: Tensor = _SequenceSum.apply(token_logps, cu_responses)  # type: ignore[no-untyped-call]
+    return summed
 
 
 def _covers(cu_responses: Tensor, size: int) -> bool:

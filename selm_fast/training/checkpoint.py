@@ -36,7 +36,9 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
 
 
-def save(folder: Path, *, step: int, masters: Masters, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, *, step: int, masters: Masters, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
     """Write `folder/step-<step>`, then drop all but the newest `keep`; one that is there already is left as it is.
 
     Raises RunFailed on a full disk; earlier checkpoints are intact.
@@ -68,11 +70,26 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def clear_after(folder: Path, found: Checkpoint | None) -> None:
+    """Remove what stands in the way of going on from `found`: temporaries of a killed run, newer (damaged) checkpoints.
+
+    Left there, a damaged one would be taken for the one to save at its step, and keep sound ones from being kept.
+    """
+    for path in folder.glob(storage.temporary_of(Path("step-*")).name):
+        shutil.rmtree(path)
+    for path in _newest_first(folder):
+        if found is not None and path.name > found.path.name:
+            log.warning("removing the damaged checkpoint %s", path.name)
+            shutil.rmtree(path)
+
+
 def load(path: Path) -> Checkpoint:
     """One checkpoint, every file checked. Raises Damaged."""
     storage.verify_folder(path)
     state = storage.read_json(path / STATE)
-    return Checkpoint(path, state["step"], state, storage.read_tensors(path, "weights"), storage.read_tensors(path, "optimizer"))
+    return Checkpoint(
+        path, state["step"], state, storage.read_tensors(path, "weights"), storage.read_tensors(path, "optimizer")
+    )
 
 
 def restore(checkpoint: Checkpoint, masters: Masters, optimizer: torch.optim.Optimizer) -> None:

@@ -23,7 +23,8 @@ def dither_(master: Tensor, *, seed: int, name: str) -> None:
     """Move each element that sits on the bf16 grid to a fixed pseudo-random place in its cell, in place.
 
     master: fp32, contiguous. Elements off the grid, zeros, tiny and non-finite ones stay.
-    The offset is drawn in units of the fp32 encoding, so at a power of two, where the lower gap is half the upper one, the
+    The offset is drawn in units of the fp32 encoding, so at a power of two, where the lower gap is half the upper
+    one, the
     lower half of the cell is twice as dense: the expected movement of the copy then equals that of the master.
     It depends on seed, name and position alone.
     """

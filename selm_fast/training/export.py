@@ -17,7 +17,11 @@ from selm_fast.training import checkpoint, storage
 from selm_fast.training.run_folder import RunFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PAPERS = {"selm": "[SELM](https://arxiv.org/abs/2405.19332)", "xpo": "[XPO](https://arxiv.org/abs/2405.21046)", "dpo": "[DPO](https://arxiv.org/abs/2305.18290)"}
+PAPERS = {
+    "selm": "[SELM](https://arxiv.org/abs/2405.19332)",
+    "xpo": "[XPO](https://arxiv.org/abs/2405.21046)",
+    "dpo": "[DPO](https://arxiv.org/abs/2305.18290)",
+}
 
 
 def save_assets(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -81,10 +85,19 @@ def model_card(record: dict[str, Any]) -> str:
         "max length": config["data"]["max_length"],
         "seed": config["seed"],
     }
-    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["selm_fast", method, "preference-optimization"]}
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["selm_fast", method, "preference-optimization"],
+    }
     if config["model"]["path"] is not None and not Path(config["model"]["path"]).exists():
         header["base_model"] = config["model"]["path"]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
-    lines += [f"# {Path(base).name}, trained with {PAPERS[method]}", "", f"Trained from {Path(base).name} by selm_fast {selm_fast.__version__}.", ""]
+    lines += [
+        f"# {Path(base).name}, trained with {PAPERS[method]}",
+        "",
+        f"Trained from {Path(base).name} by selm_fast {selm_fast.__version__}.",
+        "",
+    ]
     lines += ["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings.items()), ""]
     return "\n".join(lines)

@@ -65,6 +65,7 @@ class Trainer:
     metrics: MetricsLog = field(init=False)
     _pending: list[dict[str, Any]] = field(default_factory=list)
     _logged_at: float = 0.0
+    training_seconds: float = 0.0  # of the steps alone: no evaluation, no checkpoint
 
     @property
     def steps_per_epoch(self) -> int:
@@ -80,11 +81,16 @@ class Trainer:
     def loss_settings(self) -> dict[str, float]:
         """What `preference_loss` is given beside log-probs."""
         config = self.config
-        return {"beta": config.beta, "exploration_weight": config.exploration_weight, "label_smoothing": config.label_smoothing}
+        return {
+            "beta": config.beta,
+            "exploration_weight": config.exploration_weight,
+            "label_smoothing": config.label_smoothing,
+        }
 
     def resume(self) -> None:
         """Go to the newest sound checkpoint, if there is one."""
         found = checkpoint.load_latest(self.folder.checkpoints)
+        checkpoint.clear_after(self.folder.checkpoints, found)
         if found is not None:
             checkpoint.restore(found, self.masters, self.optimizer)
             self.position = Position(**found.state)
@@ -95,7 +101,9 @@ class Trainer:
 
         Raises Stopped after a signal and RunFailed after too many bad steps; both leave a checkpoint to go on from.
         """
-        self.metrics = MetricsLog(self.folder.path, tensorboard=self.config.log.tensorboard, length=self.position.metrics_bytes)
+        self.metrics = MetricsLog(
+            self.folder.path, tensorboard=self.config.log.tensorboard, length=self.position.metrics_bytes
+        )
         self._logged_at = time.perf_counter()
         try:
             with self.display.phase("training", self.total_steps, "steps") as phase:
@@ -112,8 +120,10 @@ class Trainer:
             if position.step == total:
                 self._flush()
                 return
+            began = time.perf_counter()
             if not self._train_step():
                 self._save_and_stop()
+            self.training_seconds += time.perf_counter() - began
             position.step += 1
             phase.advance()
             if position.step % self.config.log.every == 0 or position.step == total:
@@ -121,7 +131,8 @@ class Trainer:
             if position.bad_in_a_row >= self.config.max_bad_steps:
                 self._save()
                 raise RunFailed(
-                    f"{position.bad_in_a_row} steps in a row had a loss or gradient that is not finite and were not applied; their rows are "
+                    f"{position.bad_in_a_row} steps in a row had a loss or gradient that is not finite and were not "
+                    "applied; their rows are "
                     f"in {self.folder.path / 'bad_steps.jsonl'}. Lower optim.lr, or look at those rows"
                 )
             if self.stop.requested:
@@ -139,7 +150,9 @@ class Trainer:
         losses, parts, row_ids, num_tokens = [], [], list[int](), 0
         for nth, batch in enumerate(plan.batches(step)):
             reference = self.reference.of(batch, first + nth if epoch == 0 else None)
-            loss, metrics = self.policy(batch.to(device), reference.to(device), num_groups=num_groups, **self.loss_settings)
+            loss, metrics = self.policy(
+                batch.to(device), reference.to(device), num_groups=num_groups, **self.loss_settings
+            )
             loss.backward()
             losses.append(loss.detach())
             parts.append(metrics)
@@ -188,7 +201,9 @@ class Trainer:
         line = {"step": step, "row_ids": row_ids, "loss": str(loss.item()), "grad_norm": str(grad_norm.item())}
         with (self.folder.path / "bad_steps.jsonl").open("ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
-        self.display.say(f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}: not applied; rows in bad_steps.jsonl")
+        self.display.say(
+            f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}: not applied; rows in bad_steps.jsonl"
+        )
         return False
 
     def _flush(self) -> None:
@@ -220,7 +235,12 @@ class Trainer:
         assert self.eval_reference is not None
         with self.display.phase("evaluation", len(self.eval_plan.groups), "groups") as phase:
             found = evaluate(
-                self.policy, self.eval_plan, self.eval_reference, stop=self.stop, on_batch=phase.advance, **self.loss_settings
+                self.policy,
+                self.eval_plan,
+                self.eval_reference,
+                stop=self.stop,
+                on_batch=phase.advance,
+                **self.loss_settings,
             )
         if found is None:
             return False
@@ -258,6 +278,7 @@ class Trainer:
 def _summary(line: dict[str, Any], total: int) -> str:
     return (
         f"step {line['step']}/{total}  loss {line['loss']:.4f}  margin {line['rewards/margins']:+.4f}  "
-        f"accuracy {line['rewards/accuracies']:.2f}  grad norm {line['grad_norm']:.3g}  lr {line['learning_rate']:.2e}  "
+        f"accuracy {line['rewards/accuracies']:.2f}  grad norm {line['grad_norm']:.3g}  lr "
+        f"{line['learning_rate']:.2e}  "
         f"{line['groups_per_second']:.2f} groups/s"
     )

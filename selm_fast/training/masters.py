@@ -13,12 +13,13 @@ from selm_fast.training.dither import dither_
 class Masters:
     """The fp32 weights that the optimiser moves, and the compute weights that follow them.
 
-    In fp32 the model's parameters are the masters. In bf16 the model holds rounded copies; its gradients are added up in
-    fp32, over the micro-batches of a step too.
+    In fp32 the model's parameters are the masters. In bf16 the model holds rounded copies; its gradients are added up
+    in fp32, over the micro-batches of a step too.
     """
 
     def __init__(self, model: nn.Module, compute: torch.dtype, *, dither_seed: int | None = None) -> None:
-        """model: parameters in fp32; they are cast to `compute` in place. dither_seed: spread the masters (None: do not)."""
+        """model: parameters in fp32; they are cast to `compute` in place. dither_seed: spread the masters (None: do
+        not)."""
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.compute = compute
         self.masters: dict[str, nn.Parameter] = {}
@@ -65,5 +66,5 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selm_fast.errors import Refused
+from selm_fast.training.storage import disk_errors
 
 # Metrics that differ between two runs of the same command.
 TIMINGS = ("tokens_per_second", "groups_per_second", "memory_gib", "seconds")
@@ -55,29 +56,41 @@ class MetricsLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise Refused("log.tensorboard is set and tensorboard is not installed: pip install 'selm_fast[tensorboard]'") from error
-            self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
-        self._file = (folder / "metrics.jsonl").open("ab")
+                raise Refused(
+                    "log.tensorboard is set and tensorboard is not installed: pip install 'selm_fast[tensorboard]'"
+                ) from error
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("ab")
         self._file.truncate(length)
         self._file.seek(0, os.SEEK_END)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Add a line: `step` and its metrics. What is not finite becomes null, which JSON has."""
-        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
-        self._file.write(json.dumps(line).encode() + b"\n")
+        """Add a line: `step` and its metrics. What is not finite becomes null, which JSON has.
+
+        Raises RunFailed on a full disk.
+        """
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        with disk_errors(self._path):
+            self._file.write(json.dumps(line).encode() + b"\n")
         if self._writer is not None:
             for name, value in line.items():
                 if isinstance(value, int | float) and name != "step":
                     self._writer.add_scalar(name, value, line["step"])
 
     def sync(self) -> int:
-        """Make every line durable; -> the length of the file in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make every line durable; -> the length of the file in bytes. Raises RunFailed on a full disk."""
+        with disk_errors(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
+        """Flush and close. Raises RunFailed on a full disk."""
+        with disk_errors(self._path):
+            self._file.close()
         if self._writer is not None:
             self._writer.close()

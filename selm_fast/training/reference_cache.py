@@ -1,8 +1,9 @@
 """Reference log-probs, computed once: by the very packs that training will use, so that step 0 is exact.
 
-`<dir>/<digest>/manifest.json` lists passes, each over one plan; a pass is a row of `shard-*.safetensors`. The digest names
-everything that could change a value (weights, tokenizer, truncation, dtype, back ends, versions); the plan is not in it:
-log-probs made under another plan differ by rounding alone, and serve with a warning.
+`<dir>/<digest>/manifest.json` lists passes, each over one plan; a pass is a row of `shard-*.safetensors`. The digest
+names everything that could change a value (weights, tokenizer, truncation, dtype, back ends, versions); the plan is
+not in
+it: log-probs made under another plan differ by rounding alone, and serve with a warning.
 """
 
 from __future__ import annotations
@@ -78,13 +79,20 @@ class ReferenceCache:
         """The values for a plan if every one is there and sound, else None. Damage is warned of, and never used."""
         manifest = self._manifest()
         same = manifest["passes"].get(plan.digest())
-        if same is not None and same["complete"]:
+        if same is not None:
+            if not same["complete"]:  # a pass that was stopped is gone on with, whatever other plans could give
+                return None
             try:
                 packs = list(self._read_packs(same["shards"]))
-                keys, values = [key for ks, _ in packs for key in ks], [value for _, vs in packs for value in vs.tolist()]
+                keys, values = (
+                    [key for ks, _ in packs for key in ks],
+                    [value for _, vs in packs for value in vs.tolist()],
+                )
                 if [tuple(ks) for ks, _ in packs] == plan.pack_keys():
                     return ReferenceLogps(dict(zip(keys, values, strict=True)), [vs for _, vs in packs])
-                log.warning("reference cache %s: keys are not those of the plan it is filed under; rebuilding", self.path)
+                log.warning(
+                    "reference cache %s: keys are not those of the plan it is filed under; rebuilding", self.path
+                )
             except Damaged as damage:
                 log.warning("reference cache: %s; rebuilding", damage)
             return None
@@ -101,14 +109,17 @@ class ReferenceCache:
         if not by_key or any(key not in by_key for keys in plan.pack_keys() for key in keys):
             return None
         log.warning(
-            "reference cache %s was made under another plan (order, groups a step or max_tokens): log-probs may differ by %g of "
+            "reference cache %s was made under another plan (order, groups a step or max_tokens): log-probs may "
+            "differ by %g of "
             "their value, and the loss of step 0 is not ln 2 to the bit",
             self.path,
             OTHER_PLAN_TOLERANCE[self.identity["dtype"]],
         )
         return ReferenceLogps(by_key, None)
 
-    def fill(self, plan: Plan, policy: Policy, *, stop: StopFlag, on_batch: Callable[[int], None] = lambda _: None) -> ReferenceLogps:
+    def fill(
+        self, plan: Plan, policy: Policy, *, stop: StopFlag, on_batch: Callable[[int], None] = lambda _: None
+    ) -> ReferenceLogps:
         """Run the reference over a plan, going on where an earlier pass ended; every shard is durable once written.
 
         on_batch: called with the number of groups of each pack done.
@@ -122,43 +133,56 @@ class ReferenceCache:
         manifest, digest = self._manifest(), plan.digest()
         entry = manifest["passes"].setdefault(digest, {"complete": False, "shards": []})
         entry["complete"] = False
-        done, entry["shards"] = self._sound_prefix(entry["shards"])
+        done, entry["shards"] = self._sound_prefix(entry["shards"], plan.pack_keys())
         packs: list[tuple[list[bytes], Tensor]] = []
         device = policy.head.weight.device
         for index, batch in enumerate(_batches(plan)):
-            if index < len(done) and tuple(done[index][0]) == batch.sequence_keys:
+            if index < len(done):
                 on_batch(batch.num_groups)
                 continue
-            assert index >= len(done), "a shard's packs are those of the plan its pass is filed under"
             with torch.no_grad():
                 values = policy.sequence_logps(batch.to(device)).cpu()
             if bad := _bad_value(values):
-                raise RunFailed(f"the reference model gives rows {list(batch.row_ids)} {bad}; check its weights and dtype")
+                raise RunFailed(
+                    f"the reference model gives rows {list(batch.row_ids)} {bad}; check its weights and dtype"
+                )
             packs.append((list(batch.sequence_keys), values))
             on_batch(batch.num_groups)
             if stop.requested or sum(len(keys) for keys, _ in packs) >= SHARD_SEQUENCES:
                 self._write_shard(manifest, digest, packs)
                 done, packs = done + packs, []
             if stop.requested:
-                raise Stopped(f"stopped in the reference pass; {len(done)} of {sum(map(len, plan.steps))} packs are saved in {self.path}")
+                raise Stopped(
+                    f"stopped in the reference pass; {len(done)} of {sum(map(len, plan.steps))} packs are saved in "
+                    f"{self.path}"
+                )
         if packs:
             self._write_shard(manifest, digest, packs)
         entry["complete"] = True
-        storage.write_atomic(self.path / storage.MANIFEST, storage.to_json(manifest))
+        self._write_manifest(manifest)
         everything = done + packs
         by_key = {key: value for keys, values in everything for key, value in zip(keys, values.tolist(), strict=True)}
         return ReferenceLogps(by_key, [values for _, values in everything])
 
     def _write_shard(self, manifest: dict[str, Any], digest: str, packs: list[tuple[list[bytes], Tensor]]) -> None:
         shards = manifest["passes"][digest]["shards"]
-        keys = torch.frombuffer(bytearray(b"".join(key for ks, _ in packs for key in ks)), dtype=torch.uint8).view(-1, 16)
+        keys = torch.frombuffer(bytearray(b"".join(key for ks, _ in packs for key in ks)), dtype=torch.uint8).view(
+            -1, 16
+        )
         data = safetensors.torch.save(
-            {"keys": keys, "logps": torch.cat([vs for _, vs in packs]), "pack_sizes": torch.tensor([len(ks) for ks, _ in packs])}
+            {
+                "keys": keys,
+                "logps": torch.cat([vs for _, vs in packs]),
+                "pack_sizes": torch.tensor([len(ks) for ks, _ in packs]),
+            }
         )
         name = f"shard-{digest[:16]}-{len(shards):05d}.safetensors"
         sha256 = storage.write_atomic(self.path / name, data)
         shards.append({"file": name, "sha256": sha256})
-        storage.write_atomic(self.path / storage.MANIFEST, storage.to_json(manifest))
+        self._write_manifest(manifest)
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        storage.write_atomic(self.path / storage.MANIFEST, storage.to_json(manifest | {"sha256": _sha256(manifest)}))
 
     def _manifest(self) -> dict[str, Any]:
         path = self.path / storage.MANIFEST
@@ -166,12 +190,16 @@ class ReferenceCache:
             return {"identity": self.identity, "passes": {}}
         try:
             manifest = storage.read_json(path)
+            if manifest.pop("sha256") != _sha256(manifest):
+                raise Damaged(f"{path}: changed since it was written")
             if manifest["identity"] != self.identity:
                 raise Damaged(f"{path}: made under other settings than its name says")
             return manifest  # type: ignore[no-any-return]
-        except (Damaged, KeyError, TypeError) as damage:
+        except Damaged as damage:
             log.warning("reference cache: %s; rebuilding", damage)
-            return {"identity": self.identity, "passes": {}}
+        except (KeyError, TypeError, AttributeError):
+            log.warning("reference cache: %s is not the manifest of one; rebuilding", path)
+        return {"identity": self.identity, "passes": {}}
 
     def _read_packs(self, shards: list[dict[str, str]]) -> Iterator[tuple[list[bytes], Tensor]]:
         for shard in shards:
@@ -191,12 +219,17 @@ class ReferenceCache:
                 yield [row.tobytes() for row in raw[start : start + size]], values[start : start + size]
                 start += size
 
-    def _sound_prefix(self, shards: list[dict[str, str]]) -> tuple[list[tuple[list[bytes], Tensor]], list[dict[str, str]]]:
-        """The packs of a pass up to its first damaged shard, and those shards."""
+    def _sound_prefix(
+        self, shards: list[dict[str, str]], keys: list[tuple[bytes, ...]]
+    ) -> tuple[list[tuple[list[bytes], Tensor]], list[dict[str, str]]]:
+        """The packs of a pass up to its first damaged shard, and those shards. keys: of the plan's packs, in order."""
         packs: list[tuple[list[bytes], Tensor]] = []
         for count, shard in enumerate(shards):
             try:
-                packs += list(self._read_packs([shard]))
+                found = list(self._read_packs([shard]))
+                if [tuple(ks) for ks, _ in found] != keys[len(packs) : len(packs) + len(found)]:
+                    raise Damaged(f"{self.path / Path(shard['file']).name}: its keys are not those of the plan")
+                packs += found
             except Damaged as damage:
                 log.warning("reference cache: %s; going on from there", damage)
                 return packs, shards[:count]
@@ -210,9 +243,14 @@ class ReferenceCache:
                 other = storage.read_json(path)["identity"]
             except (Damaged, KeyError, TypeError):
                 continue
-            names = sorted(name for name in self.identity.keys() | other.keys() if self.identity.get(name) != other.get(name))
+            names = sorted(
+                name for name in self.identity.keys() | other.keys() if self.identity.get(name) != other.get(name)
+            )
             if names:
-                lines.append(f"{path.parent.name}: " + "; ".join(f"{n}: {other.get(n)} there, {self.identity.get(n)} here" for n in names))
+                lines.append(
+                    f"{path.parent.name}: "
+                    + "; ".join(f"{n}: {other.get(n)} there, {self.identity.get(n)} here" for n in names)
+                )
         return lines
 
     @contextmanager
@@ -221,6 +259,10 @@ class ReferenceCache:
         with (self.path / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(storage.to_json(manifest)).hexdigest()
 
 
 def _batches(plan: Plan) -> Iterator[PackedBatch]:
@@ -234,12 +276,16 @@ def _bad_value(values: Tensor) -> str | None:
 
 
 def require(cache: ReferenceCache, plans: list[Plan]) -> None:
-    """Refuse to go on unless every plan's values are in the cache (`--cache.require true`). Raises Refused with the difference."""
+    """Refuse to go on unless every plan's values are in the cache (`--cache.require true`). Raises Refused with the
+    difference."""
     for plan in plans:
         if cache.find(plan) is None:
             beside = cache.differences()
             raise Refused(
                 f"cache.require is set and {cache.path} does not hold every reference log-prob of these rows"
-                + ("; caches beside it were made with\n  " + "\n  ".join(beside) if beside else "; there is no other cache beside it")
+                + (
+                    "; caches beside it were made with\n  " + "\n  ".join(beside)
+                    if beside
+                    else "; there is no other cache beside it"
+                )
             )
-

@@ -1,10 +1,10 @@
 """The folder of one run: what it was started with, so that it goes on as the same run or not at all.
 
-    run.json        settings, data, tokenizer and model digests, versions, and whether the run is done
-    metrics.jsonl   a line a step
-    checkpoints/    step-*/: fp32 masters, optimiser state, position
-    assets/         model configuration and tokenizer, what an export needs beside the weights
-    model/          the trained model, a Hugging Face folder
+run.json        settings, data, tokenizer and model digests, versions, and whether the run is done
+metrics.jsonl   a line a step
+checkpoints/    step-*/: fp32 masters, optimiser state, position
+assets/         model configuration and tokenizer, what an export needs beside the weights
+model/          the trained model, a Hugging Face folder
 """
 
 from __future__ import annotations
@@ -57,14 +57,19 @@ class RunFolder:
         """
         record = self.record()
         if record is None:
-            if self.path.exists() and any(self.path.iterdir()):
-                raise Refused(f"output_dir {self.path} is not empty and holds no run of this program: choose an empty or a new folder")
+            # A kill in the first write of run.json leaves its temporary and nothing else.
+            temporary = storage.temporary_of(self.record_path)
+            if self.path.exists() and any(path != temporary for path in self.path.iterdir()):
+                raise Refused(
+                    f"output_dir {self.path} is not empty and holds no run of this program: choose an empty or a new "
+                    "folder"
+                )
             return None
         changes = differences(record["config"], config.to_json())
         if changes:
             raise Refused(
-                f"output_dir {self.path} holds a run with other settings; choose another output_dir, or go on with that run's own:\n  "
-                + "\n  ".join(changes)
+                f"output_dir {self.path} holds a run with other settings; choose another output_dir, or go on with "
+                "that run's own:\n  " + "\n  ".join(changes)
             )
         return record
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -16,7 +15,6 @@ import torch
 import transformers
 
 import selm_fast
-from selm_fast import ops
 from selm_fast.config import Config
 from selm_fast.data.dataset import Dataset, load_groups
 from selm_fast.data.packing import Plan, plan_epoch
@@ -24,8 +22,12 @@ from selm_fast.data.tokenizer import Tokenizer, load_tokenizer
 from selm_fast.errors import Refused, Stopped
 from selm_fast.model import Policy, support
 from selm_fast.training import export, reference_cache
+from selm_fast.training.cache_identity import cache_identity
 from selm_fast.training.loop import Trainer
+from selm_fast.training.machine import check_disk, choose_device
 from selm_fast.training.masters import Masters, weights_digest
+from selm_fast.training.metrics import peak_memory_gib
+from selm_fast.training.optimizer import make_optimizer
 from selm_fast.training.progress import Display
 from selm_fast.training.reference_cache import ReferenceCache, ReferenceLogps
 from selm_fast.training.run_folder import RunFolder
@@ -72,6 +74,7 @@ class _Run:
     display: Display
     stop: StopFlag
     on_log: Callable[[dict[str, Any]], None]
+    reference_seconds: float = 0.0  # of the pass over the training rows
 
     def train(self, rows: Iterable[Mapping[str, Any]] | None) -> TrainResult:
         config = self.config
@@ -80,7 +83,9 @@ class _Run:
         if config.data.train is None and rows is None:
             raise Refused("data.train is not set: give the rows to train on, --data.train rows.jsonl")
         if config.model.path is None and config.model.init is None:
-            raise Refused("model.path is not set: give the model to train, or model.init, a config.json to make one from")
+            raise Refused(
+                "model.path is not set: give the model to train, or model.init, a config.json to make one from"
+            )
         folder = RunFolder(config.output_dir.expanduser())
         record = folder.check(config)
         device, dtype = choose_device(config)
@@ -102,7 +107,7 @@ class _Run:
             references = self._references(reference_policy, tokenizer, dtype, plans[0], eval_plan)
             del reference_policy
         policy = self._load(config.model.path, device)
-        _check_disk(folder.path, policy, dtype)
+        check_disk(folder.path, policy, dtype)
         masters = self._prepare(policy, dtype)
         facts["weights"] = weights_digest(policy.model)
         if record is None:
@@ -112,7 +117,11 @@ class _Run:
                 "dtype": str(dtype).removeprefix("torch."),
                 "exploration_weight": config.exploration_weight,
                 "num_groups": len(data.groups),
-                "versions": {"selm_fast": selm_fast.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+                "versions": {
+                    "selm_fast": selm_fast.__version__,
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
                 "done": False,
             }
             folder.begin(record)
@@ -124,16 +133,20 @@ class _Run:
             eval_plan, references[1] if eval_plan else None, self.display, self.stop, self.on_log,
         )  # fmt: skip
         trainer.resume()
-        began = time.perf_counter()
         first_step = trainer.position.step
         trainer.run()
-        seconds = time.perf_counter() - began
         weights = {name: master.detach() for name, master in masters.masters.items()}
         shutil.rmtree(folder.model, ignore_errors=True)
-        export.write_model(folder.model, folder.assets, weights, record["dtype"], record | {"step": trainer.total_steps})
+        export.write_model(
+            folder.model, folder.assets, weights, record["dtype"], record | {"step": trainer.total_steps}
+        )
         folder.begin(record | {"done": True})
+        groups = sum(plans[0].num_groups(step % len(plans[0].steps)) for step in range(first_step, trainer.total_steps))
+        seconds = trainer.training_seconds
         self.display.say(
-            f"trained {trainer.total_steps - first_step} steps in {seconds:.1f} s, evaluation counted in; the model is in {folder.model}"
+            f"trained on {groups} groups in {seconds:.1f} s: {groups / max(seconds, 1e-9):.2f} groups/s, "
+            f"{groups / max(seconds + self.reference_seconds, 1e-9):.2f} with the reference pass counted in; "
+            f"peak memory {peak_memory_gib(device):.2f} GiB; the model is in {folder.model}"
         )
         return _result(folder)
 
@@ -157,7 +170,9 @@ class _Run:
             policy.compile_layers()
         return masters
 
-    def _data(self, tokenizer: Tokenizer, vocab_size: int, rows: Iterable[Mapping[str, Any]] | None) -> tuple[Dataset, Dataset | None]:
+    def _data(
+        self, tokenizer: Tokenizer, vocab_size: int, rows: Iterable[Mapping[str, Any]] | None
+    ) -> tuple[Dataset, Dataset | None]:
         config = self.config
         wants_explored = config.exploration_weight != 0
         data = load_groups(
@@ -166,10 +181,13 @@ class _Run:
         )  # fmt: skip
         held_out = None
         if config.data.eval is not None:
-            held_out = load_groups(config.data.eval, config.data, tokenizer, vocab_size=vocab_size, wants_explored=wants_explored)
+            held_out = load_groups(
+                config.data.eval, config.data, tokenizer, vocab_size=vocab_size, wants_explored=wants_explored
+            )
         for dataset in filter(None, (data, held_out)):
             report = dataset.report
-            self.display.say(f"{report.source}: {report.rows_used} of {report.rows_read} rows used, {report.packed_tokens} packed tokens")
+            used = f"{report.rows_used} of {report.rows_read} rows used"
+            self.display.say(f"{report.source}: {used}, {report.packed_tokens} packed tokens")
             for reason, count in report.skipped.items():
                 self.display.say(f"  skipped: {count} {reason}")
             for note, count in report.notes.items():
@@ -184,12 +202,25 @@ class _Run:
         try:
             plans = [
                 plan_epoch(
-                    data.groups, groups_per_step=batch.groups, max_tokens=batch.max_tokens, seed=self.config.seed, epoch=epoch, shuffle=batch.shuffle
+                    data.groups,
+                    groups_per_step=batch.groups,
+                    max_tokens=batch.max_tokens,
+                    seed=self.config.seed,
+                    epoch=epoch,
+                    shuffle=batch.shuffle,
                 )
                 for epoch in range(self.config.epochs)
             ]
-            eval_plan = held_out and plan_epoch(
-                held_out.groups, groups_per_step=batch.groups, max_tokens=batch.max_tokens, seed=self.config.seed, shuffle=False
+            eval_plan = (
+                None
+                if held_out is None
+                else plan_epoch(
+                    held_out.groups,
+                    groups_per_step=batch.groups,
+                    max_tokens=batch.max_tokens,
+                    seed=self.config.seed,
+                    shuffle=False,
+                )
             )
         except ValueError as error:
             raise Refused(f"batch.max_tokens is too small: {error}") from error
@@ -212,25 +243,13 @@ class _Run:
                 began = time.perf_counter()
                 with self.display.phase("reference pass", len(one.groups), "groups") as phase:
                     values = cache.fill(one, policy, stop=self.stop, on_batch=phase.advance)
-                self.display.say(f"reference log-probs of {len(one.groups)} groups: computed in {time.perf_counter() - began:.1f} s")
+                seconds = time.perf_counter() - began
+                self.reference_seconds += seconds if one is plan else 0.0
+                self.display.say(f"reference log-probs of {len(one.groups)} groups: computed in {seconds:.1f} s")
             found.append(values)
             if self.stop.requested:
                 raise Stopped("stopped after the reference pass, which is saved; run the same command to go on")
         return found
-
-
-def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device and compute dtype a run uses. Raises Refused where the machine does not have them."""
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
-        raise Refused("device is cuda and this machine has no usable NVIDIA GPU: set device to cpu, or see selm-fast doctor")
-    device = torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
-    if config.dtype == "auto":
-        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise Refused("dtype is bfloat16 and this GPU has none (compute capability 8.0 is the first that has): set dtype to float32")
-    return device, dtype
 
 
 def _vocab_size(config: Config) -> int:
@@ -245,56 +264,18 @@ def _vocab_size(config: Config) -> int:
     return int(found.get_text_config().vocab_size)
 
 
-def make_optimizer(masters: Masters, config: Config) -> torch.optim.Optimizer:
-    """AdamW over the masters; as in transformers, biases and norm weights are not decayed."""
-    optim = config.optim
-    decayed = [master for master in masters.masters.values() if master.dim() >= 2]
-    others = [master for master in masters.masters.values() if master.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-
-
-def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that could change a reference log-prob, by name; what cannot (learning rate, beta) is left out."""
-    device = policy.head.weight.device
-    model_config = policy.model.config.to_json_string(use_diff=False)
-    on_cpu = device.type == "cpu"
-    return {
-        "weights": weights_digest(policy.model),
-        "model_config": hashlib.sha256(model_config.encode()).hexdigest(),
-        "tokenizer": tokenizer.digest(),
-        "max_length": config.data.max_length,
-        "max_prompt_length": config.data.max_prompt_length,
-        "dtype": str(dtype).removeprefix("torch."),
-        "compile": config.model.compile,
-        "ops": ops.backends(device.type),
-        # Another number of threads cuts a matmul elsewhere and changes its last bit.
-        "processor": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device),
-        "versions": {"selm_fast": selm_fast.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
 def _check_facts(record: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
-    names = {"data": "training rows", "eval_data": "held-out rows", "tokenizer": "tokenizer", "weights": "initial weights"}
+    names = {
+        "data": "training rows",
+        "eval_data": "held-out rows",
+        "tokenizer": "tokenizer",
+        "weights": "initial weights",
+    }
     changed = [names[key] for key, value in facts.items() if record.get(key) != value]
     if changed:
         raise Refused(
-            f"output_dir {path} holds a run of the same settings on other {' and '.join(changed)}: put them back to go on, or choose another output_dir"
-        )
-
-
-def _check_disk(path: Path, policy: Policy, dtype: torch.dtype) -> None:
-    """Refuse where not even one checkpoint (fp32 masters and two moments) and the exported model fit."""
-    count = sum(parameter.numel() for parameter in policy.parameters())
-    needed = count * (12 + dtype.itemsize)
-    there = path
-    while not there.exists():
-        there = there.absolute().parent
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise Refused(
-            f"output_dir {path} has {free / 2**30:.1f} GiB free; one checkpoint and the exported model take {needed / 2**30:.1f} GiB: "
-            "free space or choose another disk"
+            f"output_dir {path} holds a run of the same settings on other {' and '.join(changed)}: "
+            "put them back to go on, or choose another output_dir"
         )
 
 

@@ -15,4 +15,6 @@ def learning_rate(step: int, *, peak: float, total: int, warmup: float, schedule
     if step < rising:
         return peak * step / rising
     progress = (step - rising) / max(1, total - rising)
-    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
+    return (
+        peak * {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
+    )

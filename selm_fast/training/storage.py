@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -42,19 +43,23 @@ def _rename(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk while writing `path` into RunFailed, the library's own way of saying so included."""
+    full = (errno.ENOSPC, errno.EDQUOT)
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunFailed(f"the disk is full: {path} was not written; what was saved before is intact. Free space and run again") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        if getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full):
+            raise RunFailed(
+                f"the disk is full: {path} was not written; what was saved before is intact. Free space and run again"
+            ) from error
         raise
 
 
 def write_new(path: Path, data: bytes) -> str:
     """Write and fsync a new file; -> its sha256. Raises RunFailed on a full disk."""
     view = memoryview(data)
-    with _disk_errors(path):
+    with disk_errors(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         try:
             while view:
@@ -67,15 +72,21 @@ def write_new(path: Path, data: bytes) -> str:
 
 def write_atomic(path: Path, data: bytes) -> str:
     """Replace a file, or leave it as it was; -> its sha256. Raises RunFailed on a full disk."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_of(path)
     temporary.unlink(missing_ok=True)
     try:
-        digest = write_new(temporary, data)
-        _rename(temporary, path)
-        fsync_folder(path.parent)
+        with disk_errors(path):
+            digest = write_new(temporary, data)
+            _rename(temporary, path)
+            fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return digest
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a file or folder is written before it gets its name: one place, so that what a kill left is found again."""
+    return path.with_name(f".tmp-{path.name}")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -97,11 +108,11 @@ def new_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
     """
     if final.exists():
         raise FileExistsError(f"{final} exists and is never overwritten")
-    temporary = final.with_name(f".tmp-{final.name}")
+    temporary = temporary_of(final)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        with _disk_errors(final):
+        with disk_errors(final):
+            temporary.mkdir(parents=True)
             yield temporary
             files = {
                 str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sync_and_hash(path)}

@@ -104,8 +104,8 @@ def test_hazard_04_all_rows_skipped_is_refused_with_the_reasons(chat: Tokenizer)
         load(rows, chat, max_skipped=1.0)
     lines = str(error.value).splitlines()[1:]
     assert [line.split() for line in lines] == [
-        "2 chosen and rejected are identical (first: row 2)".split(),
-        "1 empty chosen (first: row 1)".split(),
+        ["2", "chosen", "and", "rejected", "are", "identical", "(first:", "row", "2)"],
+        ["1", "empty", "chosen", "(first:", "row", "1)"],
     ]
 
 
@@ -204,6 +204,7 @@ def test_no_reference_response_at_all_is_refused_where_exploration_needs_it(chat
     dataset = load([text(0), text(1, reference_response="so")], chat, wants_explored=True)
     assert [group.explored is None for group in dataset.groups] == [True, False]
     assert dataset.report.notes[NO_REFERENCE] == 1
+    assert [dataset.report.lengths[kind].count for kind in ("prompt", "chosen", "rejected", "explored")] == [2, 2, 2, 1]
     assert all(group.explored is None for group in load([text(1, reference_response="so")], chat).groups)
 
 

@@ -150,6 +150,10 @@ def test_hazard_03_message_content_that_is_no_text_is_refused(content: Any) -> N
         ({"chosen": "a", "rejected": [say("b")]}, "chosen is text and rejected is a list"),
         ({"chosen": [ASK], "rejected": [say("b")]}, "last message of chosen has role 'user'"),
         ({"chosen": [{"from": "gpt", "value": "a"}], "rejected": [say("b")]}, r"chosen\[0\] is \['from', 'value'\]"),
+        (
+            {"chosen": [{"role": "gpt", "content": "a"}], "rejected": [say("b")]},
+            r"chosen\[0\]\.role is 'gpt'; expected",
+        ),
         ({"chosen": ["a"], "rejected": ["b"]}, r"chosen\[0\] is text; expected a message"),
         ({"chosen": [{**say("a"), "tool_calls": [{}]}], "rejected": [say("b")]}, r"chosen\[0\] has tool_calls"),
         ({"prompt_ids": [1], "chosen_ids": [2]}, "column 'rejected_ids' is missing"),
@@ -174,7 +178,11 @@ def test_hazard_06_an_empty_prompt_is_skipped() -> None:
 def test_hazard_16_a_huge_row_is_skipped(name: str) -> None:
     room = MAX_ROW_CHARACTERS - sum(len(text) for other, text in TEXT.items() if other != name)
     assert parse({**TEXT, name: "x" * room})
-    assert skipped({**TEXT, name: "x" * (room + 1)}) == "row of more than 1,000,000 characters"
+    huge = "row of more than 1,000,000 characters"
+    assert skipped({**TEXT, name: "x" * (room + 1)}) == huge
+    chat: dict[str, Any] = {"chosen": [ASK, say("a")], "rejected": [ASK, say("b")]}
+    if name != "prompt":
+        assert skipped({**chat, name: [ASK, say("x" * MAX_ROW_CHARACTERS)]}) == huge
 
 
 @pytest.mark.parametrize("bad", ["\x00", "\ud800", "a\udfffb"])
@@ -182,8 +190,8 @@ def test_hazard_16_a_huge_row_is_skipped(name: str) -> None:
 def test_hazard_18_lone_surrogates_and_nul_are_skipped(name: str, bad: str) -> None:
     reason = "lone surrogate or NUL in the text"
     assert skipped({**TEXT, name: f"so {bad}"}) == reason
-    chat = {"prompt": [{**ASK, "content": f"so {bad}"}], "chosen": [say("a")], "rejected": [say("b")]}
-    assert skipped(chat) == reason
+    chat: dict[str, Any] = {"prompt": [ASK], "chosen": [say("a")], "rejected": [say("b")]}
+    assert skipped({**chat, name: [{**(ASK if name == "prompt" else say("")), "content": f"so {bad}"}]}) == reason
 
 
 def test_hazard_21_a_nan_score_or_a_tie_is_skipped() -> None:

@@ -9,14 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selm_fast.data.formats import PreferenceRow
+from selm_fast.data.formats import PreferenceRow, parse_row
 from selm_fast.data.groups import TokenGroup
 from selm_fast.data.tokenize import BORDER, CONTROL, PROMPT_CUT, TYPED, Tokenized, cut_to_length, tokenize_rows
 from selm_fast.data.tokenizer import Tokenizer
+from selm_fast.errors import Refused
 
-THINKING = (
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}"
+TURNS = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+OPENS_THOUGHT = TURNS + "{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}"
+SHOWS_STATE = (
+    "{{ 'ask' if add_generation_prompt else 'all' }}"
+    + TURNS
+    + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 TOKENIZERS = ["chat", "llama", "merging", "sentencepiece"]
 Make = Callable[..., Tokenizer]
@@ -181,12 +185,17 @@ def test_a_merge_across_the_border_is_tokenised_apart_and_counted(merging: Token
     assert result.group.chosen == [*naive(merging, "The answer\n"), merging.eos_id]
 
 
-def test_a_template_that_renders_the_prompt_in_another_way_is_counted(make_tokenizer: Make) -> None:
-    tokenizer = make_tokenizer(THINKING)
-    result = tokenize(tokenizer, row("Why?", "So.", "No."))[0]
+@pytest.mark.parametrize(("template", "end"), [(OPENS_THOUGHT, "<think>\n"), (SHOWS_STATE, "<|assistant|>\n")])
+def test_a_template_that_renders_the_prompt_in_another_way_is_counted(
+    make_tokenizer: Make, template: str, end: str
+) -> None:
+    tokenizer = make_tokenizer(template, special=["<|user|>", "<|assistant|>", "<|end|>"])
+    item = row("Why?", "So.", "No.")
+    result = tokenize(tokenizer, item)[0]
     assert result.group is not None and result.notes == (BORDER,)
-    assert tokenizer.hf.decode(result.group.prompt).endswith("<|assistant|>\n<think>\n")
-    assert tokenizer.hf.decode(result.group.chosen) == "So.<|eos|>"
+    assert result.group.prompt == naive(tokenizer, rendered(tokenizer, item))
+    assert tokenizer.hf.decode(result.group.prompt).endswith(end)
+    assert tokenizer.hf.decode(result.group.chosen) == "So.<|end|>"
 
 
 def test_plain_text_gets_the_tokenizers_own_bos_and_one_eos(llama: Tokenizer, chat: Tokenizer) -> None:
@@ -241,10 +250,16 @@ def test_hazard_19_a_token_that_cannot_be_spelt_is_skipped(make_tokenizer: Make)
 
 
 def test_hazard_19_placeholders_avoid_characters_of_the_row(chat: Tokenizer) -> None:
-    item = row("\ue000 <|eos|> \ue001", "So.", "No.")
-    group = group_of(chat, item)
-    assert "\ue000 <|eos|> \ue001" in chat.hf.decode(group.prompt)
+    text = "\ue0003c\ue000 <|eos|> \ue0013c\ue001"
+    group = group_of(chat, row(text, "So.", "No."))
+    assert text in chat.hf.decode(group.prompt)
     assert group.prompt.count(chat.eos_id) == 1
+
+
+def test_hazard_19_a_role_cannot_spell_a_special_token() -> None:
+    turns = [{"role": "eos", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(Refused, match=r"rows: row 1: chosen\[0\]\.role is 'eos'"):
+        parse_row({"chosen": turns, "rejected": turns}, number=1, source="rows", wants_explored=False)
 
 
 def test_rows_of_many_kinds_keep_their_order(chat: Tokenizer) -> None:

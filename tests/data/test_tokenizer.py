@@ -1,4 +1,4 @@
-"""The tokenizer's facts: what begins a text, what ends a response, what its template does, and what changes its digest."""
+"""The tokenizer: what begins a text, what ends a response, what its template does, what changes its digest."""
 
 from __future__ import annotations
 

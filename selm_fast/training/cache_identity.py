@@ -1,0 +1,42 @@
+"""What names a reference cache: everything that could change a value in it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import transformers
+
+import selm_fast
+from selm_fast import ops
+from selm_fast.config import Config
+from selm_fast.data.tokenizer import Tokenizer
+from selm_fast.model import Policy
+from selm_fast.training.masters import weights_digest
+
+
+def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that could change a reference log-prob, by name; what cannot (learning rate, beta) is left out."""
+    device = policy.head.weight.device
+    model_config = policy.model.config.to_json_string(use_diff=False)
+    on_cpu = device.type == "cpu"
+    return {
+        "weights": weights_digest(policy.model),
+        "model_config": hashlib.sha256(model_config.encode()).hexdigest(),
+        "tokenizer": tokenizer.digest(),
+        "max_length": config.data.max_length,
+        "max_prompt_length": config.data.max_prompt_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compile": config.model.compile,
+        "ops": ops.backends(device.type),
+        # Another number of threads cuts a matmul elsewhere and changes its last bit.
+        "processor": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        if on_cpu
+        else torch.cuda.get_device_name(device),
+        "versions": {
+            "selm_fast": selm_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
