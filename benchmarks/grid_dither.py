@@ -2,10 +2,10 @@
 
     python benchmarks/grid_dither.py --rows rows.jsonl --tokenizer FOLDER --out results.json
 
-A small random Llama is rounded to bf16 and trained twice with `selm_fast.train` from the same weights, rows and order. At
-each checkpoint the mean margin (nats) of the training rows is measured twice in fp32 compute: with the fp32 masters, each
-against the masters it began from, and with their bf16 roundings, against the bf16 weights it began from. The share is the
-second over the first: how much of what was learned the exported model shows.
+A small random Llama is rounded to bf16 and trained twice with `selm_fast.train` from the same weights, rows and order.
+At each checkpoint the mean margin (nats) of the training rows is measured twice in fp32 compute: with the fp32 masters,
+against the masters they began from, and with their bf16 roundings, against the bf16 weights they began from. The share
+is the second over the first: how much of what was learned the exported model shows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import selm_fast
 from selm_fast import Config, train
 from selm_fast.data.dataset import load_groups
 from selm_fast.data.packing import plan_epoch
+from selm_fast.data.sources import read_rows
 from selm_fast.data.tokenizer import load_tokenizer
 from selm_fast.model import Policy
 from selm_fast.training import checkpoint
@@ -57,14 +59,18 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--groups", type=int, default=4, help="groups a step")
     parser.add_argument("--lr", type=float, default=5e-7)
+    parser.add_argument("--rows-used", type=int, default=240, help="rows, from the first")
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--every", type=int, default=60, help="steps between measurements")
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.tokenizer)
+    rows = [row for _, row in islice(read_rows(args.rows), args.rows_used)]
     torch.manual_seed(SEED)
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer.hf), num_key_value_heads=4, **shape))
-    results: dict[str, Any] = {"lr": args.lr, "groups_per_step": args.groups, "model": shape, "measurements": []}
+    results: dict[str, Any] = {"lr": args.lr, "groups_per_step": args.groups, "rows": len(rows), "model": shape}
+    results["measurements"] = []
     results["versions"] = {"selm_fast": selm_fast.__version__, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"
@@ -81,7 +87,8 @@ def main() -> None:
                     "grid_dither": dither,
                     "seed": SEED,
                     "model": {"path": str(base)},
-                    "data": {"train": args.rows, "max_length": 512, "max_prompt_length": 256},
+                    "data": {"max_length": 512, "max_prompt_length": 256},
+                    "epochs": args.epochs,
                     "batch": {"groups": args.groups, "max_tokens": 4096},
                     "optim": {"lr": args.lr, "schedule": "constant", "warmup": 0.0},
                     "checkpoint": {"every": args.every, "keep": 1000},
@@ -89,8 +96,8 @@ def main() -> None:
                     "log": {"every": args.every},
                 }
             )
-            run = train(config)
-            data = load_groups(args.rows, config.data, tokenizer, wants_explored=False)
+            run = train(config, rows=rows)
+            data = load_groups(None, config.data, tokenizer, rows=rows, wants_explored=False)
             plan = plan_epoch(data.groups, groups_per_step=args.groups, max_tokens=4096, seed=SEED)
             policy = Policy.from_pretrained(base)
             started = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}

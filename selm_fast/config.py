@@ -121,7 +121,7 @@ class Config(Section):
     alpha: NonNegative = Field(1e-3, description="exploration coefficient of selm and xpo")
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="share of labels taken as flipped")
     epochs: PositiveCount = Field(1, description="passes over the rows")
-    seed: Count = Field(42, description="order of rows, random weights, grid dither")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="order of rows, random weights, grid dither")
     output_dir: Path | None = Field(None, description="folder of this run: metrics, checkpoints, model")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes a GPU where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -95,6 +95,7 @@ def _train(arguments: list[str], prog: str, summary: str) -> int:
     if config is not None:
         from selm_fast.training.run_train import train
 
+        _quiet_transformers()
         train(config)
     return 0
 
@@ -124,7 +125,9 @@ def _export(arguments: list[str], prog: str, summary: str) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="output folder of a training run")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the model, to be made")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (default: bfloat16)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights; float32 writes the masters (default: the run's compute dtype)",
     )
     if _asks_for_help(arguments):
         print(parser.format_help(), end="")
@@ -132,8 +135,17 @@ def _export(arguments: list[str], prog: str, summary: str) -> int:
     chosen = parser.parse_args(arguments)
     from selm_fast.training.export import export_run
 
+    _quiet_transformers()
     export_run(chosen.run, chosen.out, chosen.dtype)
     return 0
+
+
+def _quiet_transformers() -> None:
+    """Keep transformers' progress bars and advice off the terminal: ours says what is going on."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _asks_for_help(arguments: list[str]) -> bool:

@@ -24,14 +24,46 @@ def branch_attention(
 
     scores = softcap * tanh(scale * q k^T / softcap), masked, softmax in fp32 (fp64 for fp64 inputs).
     """
-    repeats = q.shape[1] // k.shape[1]
-    high = torch.float64 if q.dtype == torch.float64 else torch.float32
-    keys, values = (t.to(high).repeat_interleave(repeats, dim=1).transpose(0, 1) for t in (k, v))
-    scores = q.to(high).transpose(0, 1) @ keys.transpose(1, 2) * scale
+    queries, keys, values = _high_heads_first(q, k, v)
+    scores = _capped_scores(queries, keys, scale, softcap)
+    weights = (scores + _mask(q.shape[0], k.shape[0], window, scores)).softmax(-1)
+    return (weights @ values).transpose(0, 1).to(q.dtype)
+
+
+def branch_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `branch_attention` by q, k and v, in fp32 (fp64): a custom op may not call autograd.
+
+    With weights P, dP = dO V^T and dS = P o (dP - rowsum(P o dP)) o (1 - (scores / softcap)^2):
+    dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
+    """
+    queries, keys, values = _high_heads_first(q, k, v)
+    d_out = grad.to(queries.dtype).transpose(0, 1)
+    scores = _capped_scores(queries, keys, scale, softcap)
+    weights = (scores + _mask(q.shape[0], k.shape[0], window, scores)).softmax(-1)
+    d_weights = d_out @ values.transpose(1, 2)
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * scale
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + _mask(q.shape[0], k.shape[0], window, scores)
-    return (scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype)
+        d_scores *= 1 - (scores / softcap).square()
+    d_keys, d_values = (
+        t.transpose(0, 1).unflatten(1, (k.shape[1], -1)).sum(2)
+        for t in (d_scores.transpose(1, 2) @ queries, weights.transpose(1, 2) @ d_out)
+    )
+    return (d_scores @ keys).transpose(0, 1), d_keys, d_values
+
+
+def _high_heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as (H, L, Dh) in fp32 (fp64); each key head stands beside the query heads that it serves."""
+    high = torch.float64 if q.dtype == torch.float64 else torch.float32
+    repeats = q.shape[1] // k.shape[1]
+    keys, values = (t.to(high).repeat_interleave(repeats, dim=1).transpose(0, 1) for t in (k, v))
+    return q.to(high).transpose(0, 1), keys, values
+
+
+def _capped_scores(queries: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
+    scores = queries @ keys.transpose(1, 2) * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _mask(num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor:
@@ -129,12 +161,9 @@ def _attention_backward(
                 t.squeeze(0).transpose(0, 1).unflatten(1, (-1, repeats)).sum(2, dtype=torch.float32) for t in (dkb, dvb)
             )
         else:
-            leaves = [t.detach().requires_grad_() for t in (qb, kb, vb)]
-            with torch.enable_grad():
-                ob = branch_attention(
-                    *leaves, scale=scale, window=window if window >= 0 else None, softcap=softcap or None
-                )
-            dq[rows], dkeys[cols], dvalues[cols] = torch.autograd.grad(ob, leaves, gb)
+            dq[rows], dkeys[cols], dvalues[cols] = branch_attention_backward(
+                gb, qb, kb, vb, scale=scale, window=window if window >= 0 else None, softcap=softcap or None
+            )
     return dq, _segment_sum(dkeys, kv_index, k), _segment_sum(dvalues, kv_index, v)
 
 

@@ -101,13 +101,11 @@ class Trainer:
 
         Raises Stopped after a signal and RunFailed after too many bad steps; both leave a checkpoint to go on from.
         """
-        self.metrics = MetricsLog(
-            self.folder.path, tensorboard=self.config.log.tensorboard, length=self.position.metrics_bytes
-        )
+        step, length = self.position.step, self.position.metrics_bytes
+        self.metrics = MetricsLog(self.folder.path, tensorboard=self.config.log.tensorboard, step=step, length=length)
         self._logged_at = time.perf_counter()
         try:
-            with self.display.phase("training", self.total_steps, "steps") as phase:
-                phase.advance(self.position.step)
+            with self.display.phase("training", self.total_steps, "steps", done=step, lines=False) as phase:
                 self._run(phase)
         finally:
             self.metrics.close()
@@ -118,7 +116,7 @@ class Trainer:
             if self._evaluation_due() and not self._evaluate():
                 self._save_and_stop()
             if position.step == total:
-                self._flush()
+                self._flush(phase)
                 return
             began = time.perf_counter()
             if not self._train_step():
@@ -127,7 +125,7 @@ class Trainer:
             position.step += 1
             phase.advance()
             if position.step % self.config.log.every == 0 or position.step == total:
-                self._flush()
+                self._flush(phase)
             if position.bad_in_a_row >= self.config.max_bad_steps:
                 self._save()
                 raise RunFailed(
@@ -206,7 +204,7 @@ class Trainer:
         )
         return False
 
-    def _flush(self) -> None:
+    def _flush(self, phase: Phase | None = None) -> None:
         """Bring pending metrics to the host and write them: the one place that waits for the device."""
         if not self._pending:
             return
@@ -222,7 +220,8 @@ class Trainer:
             self.metrics.write(host | speeds)
             self.on_log(host | speeds)
         self._pending = []
-        self.display.say(_summary(host | speeds, self.total_steps))
+        eta = f"  {phase.seconds_left():.0f} s left" if phase else ""
+        self.display.say(_summary(host | speeds, self.total_steps) + eta)
 
     def _evaluation_due(self) -> bool:
         step, every = self.position.step, self.config.eval_every

@@ -46,8 +46,8 @@ def peak_memory_gib(device: torch.device) -> float:
 class MetricsLog:
     """Appends to `metrics.jsonl` and, if asked, TensorBoard."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool, length: int = 0) -> None:
-        """length: bytes to keep of an earlier part of this run; lines after it belong to steps that are run again.
+    def __init__(self, folder: Path, *, tensorboard: bool, step: int = 0, length: int = 0) -> None:
+        """step: where the run goes on.  length: bytes of the file up to there; what is after it is run again.
 
         Raises Refused where TensorBoard is asked for and not installed.
         """
@@ -59,10 +59,10 @@ class MetricsLog:
                 raise Refused(
                     "log.tensorboard is set and tensorboard is not installed: pip install 'selm_fast[tensorboard]'"
                 ) from error
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._path = folder / "metrics.jsonl"
         self._file = self._path.open("ab")
-        self._file.truncate(length)
+        self._file.truncate(min(length, self._file.tell()))
         self._file.seek(0, os.SEEK_END)
 
     def write(self, metrics: Mapping[str, Any]) -> None:

@@ -23,10 +23,13 @@ class Display:
         self.console.print(message, markup=False)
 
     @contextmanager
-    def phase(self, name: str, total: int, unit: str) -> Iterator[Phase]:
-        """Show a phase of `total` units while the block runs."""
+    def phase(self, name: str, total: int, unit: str, *, done: int = 0, lines: bool = True) -> Iterator[Phase]:
+        """Show a phase of `total` units, `done` of them earlier, while the block runs.
+
+        lines: whether it prints plain lines where there is no terminal.
+        """
         if not self.console.is_terminal:
-            yield Phase(self, name, total, unit, None)
+            yield Phase(self if lines else Display(quiet=True), name, total, unit, done, None)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -37,16 +40,16 @@ class Display:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            yield Phase(self, name, total, unit, bar)
+            yield Phase(self, name, total, unit, done, bar)
 
 
 class Phase:
     """One phase under way."""
 
-    def __init__(self, display: Display, name: str, total: int, unit: str, bar: Progress | None) -> None:
+    def __init__(self, display: Display, name: str, total: int, unit: str, done: int, bar: Progress | None) -> None:
         self._display, self._name, self._total, self._unit, self._bar = display, name, total, unit, bar
-        self._task = bar.add_task(name, total=total) if bar else None
-        self._done = 0
+        self._task = bar.add_task(name, total=total, completed=done) if bar else None
+        self._done = self._done_before = done
         self._began = self._spoke = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
@@ -56,5 +59,11 @@ class Phase:
             self._bar.advance(self._task, count)
         elif (now := time.monotonic()) - self._spoke >= LINE_SECONDS:
             self._spoke = now
-            left = (now - self._began) / self._done * (self._total - self._done)
-            self._display.say(f"{self._name}: {self._done}/{self._total} {self._unit}, {left:.0f} s left")
+            self._display.say(
+                f"{self._name}: {self._done}/{self._total} {self._unit}, {self.seconds_left():.0f} s left"
+            )
+
+    def seconds_left(self) -> float:
+        """Time to the end at the pace so far (s)."""
+        pace = (time.monotonic() - self._began) / max(1, self._done - self._done_before)
+        return pace * (self._total - self._done)

@@ -112,7 +112,7 @@ def test_export(stand_in, capsys) -> None:
     calls = stand_in(EXPORT, "export_run")
     assert main(["export", "runs/1", "--out", "model"]) == 0
     assert main(["export", "runs/1", "--out", "model", "--dtype", "float32"]) == 0
-    assert calls == [(Path("runs/1"), Path("model"), "bfloat16"), (Path("runs/1"), Path("model"), "float32")]
+    assert calls == [(Path("runs/1"), Path("model"), None), (Path("runs/1"), Path("model"), "float32")]
     for arguments in (["runs/1"], ["runs/1", "--o", "model"], ["runs/1", "--out", "model", "--dtype", "int8"]):
         assert main(["export", *arguments]) == 2
     assert len(calls) == 2

@@ -122,6 +122,8 @@ def test_embedding_rows(tmp_path: Path, content: dict[str, Any], expected: int |
 def test_validate_does_not_import_torch(chat: Tokenizer, write_rows: Write) -> None:
     code = (
         "import sys\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "if 'torch' in sys.modules: sys.exit(77)\n"  # transformers before 5.20 or so brings it along by itself
         "from selm_fast.config import Config\n"
         "from selm_fast.cli.validate import validate\n"
         f"validate(Config(model={{'tokenizer': {chat.source!r}}}, data={{'train': {write_rows(rows())!r}}}))\n"
@@ -130,5 +132,7 @@ def test_validate_does_not_import_torch(chat: Tokenizer, write_rows: Write) -> N
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode == 77:
+        pytest.skip("this transformers imports torch with its tokenizers")
     assert done.returncode == 0, done.stderr
     assert "8 used" in done.stdout

@@ -7,6 +7,10 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from selm_fast.training.run_train import train
 
 from .harness import MakeConfig, make_rows, read_metrics, run, write_rows
 
@@ -78,8 +82,6 @@ def test_exact_from_a_cache_that_another_run_made(make_config: MakeConfig) -> No
 def test_exact_when_the_rows_come_from_a_file(make_config: MakeConfig, tmp_path: Any) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     config = make_config(data__train=str(rows))
-    from selm_fast.training.run_train import train
-
     train(config)
     assert_exact(read_metrics(config.output_dir)[0])
 
@@ -99,17 +101,23 @@ def test_exact_from_random_weights(make_config: MakeConfig, tiny_model: Any) -> 
         assert_exact(run(make_config(dtype, dtype=dtype, model=source), ROWS).steps[0])
 
 
+NOT_COMPILED = pytest.mark.xfail(reason="layers that are checkpointed are not compiled", strict=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", pytest.param("full", marks=NOT_COMPILED)])
 def test_first_step_is_exact_when_compiled(
     make_config: MakeConfig, eval_file: str, dtype: str, checkpointing: str
 ) -> None:
+    torch.compiler.reset()
+    counters.clear()
     config = make_config(
         dtype=dtype, model__compile=True, model__activation_checkpointing=checkpointing, data__eval=eval_file,
         optim__lr=1e-30, checkpoint__every=100,
     )  # fmt: skip
     trace = run(config, ROWS)
+    assert counters["frames"]["ok"] >= 2  # with gradients and without
     for line in trace.steps:
         assert_exact(line, explores=line["rewards/explored"] == line["rewards/explored"])
     for line in trace.evaluations:

@@ -1,0 +1,130 @@
+"""The README and the pages of docs/ say what is so: snippets run, commands parse, names exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from selm_fast.cli.settings import load_config, settings, split_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    """Every `selm-fast` command of the README, as words."""
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("selm-fast ")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the snippets name: my-model, rows.jsonl, held_out.jsonl."""
+    words = ["yes", "no", "it rains", "the sun shines", "perhaps tomorrow", "ask again"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), num_key_value_heads=2, **shape))
+    model.save_pretrained(tmp_path / "my-model")
+    fast.save_pretrained(tmp_path / "my-model")
+    for name, count in (("rows", 8), ("held_out", 3)):
+        rows = [
+            {
+                "prompt": f"Question {i}: ",
+                "chosen": words[i % 6],
+                "rejected": words[(i + 1) % 6],
+                "reference_response": words[(i + i % 3) % 6],
+            }
+            for i in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_python_snippets_run_in_order(folder: Path) -> None:
+    assert len(blocks("python")) == 4
+    names: dict[str, object] = {}
+    for snippet in blocks("python"):
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert (folder / "runs/python/model/model.safetensors").is_file()
+    result = names["result"]
+    assert result.steps == 2  # type: ignore[attr-defined]
+    assert names["weight"].grad.shape == (1000, 64)  # type: ignore[attr-defined]
+    assert next(names["policy"].parameters()).grad is not None  # type: ignore[attr-defined]
+
+
+def test_command_line_equals_python(folder: Path) -> None:
+    from selm_fast.cli.main import main
+
+    flags = "--method selm --beta 0.1 --model.path my-model --data.train rows.jsonl --data.eval held_out.jsonl"
+    flags += " --data.max_length 128 --data.max_prompt_length 64 --optim.lr 1e-5 --batch.groups 4"
+    assert main(["train", *flags.split(), "--output_dir", "runs/shell"]) == 0
+    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    shell, python = (folder / "runs" / name / "model/model.safetensors" for name in ("shell", "python"))
+    assert shell.read_bytes() == python.read_bytes()
+
+
+def test_commands_have_settings_that_exist() -> None:
+    found = commands()
+    assert {words[1] for words in found} == {"validate", "train", "export", "doctor"}
+    for words in found:
+        if words[1] in ("train", "validate"):
+            recipe, flags = split_recipe(words[2:])
+            assert recipe is None
+            load_config(None, flags)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_named_settings_and_links_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for name in re.findall(r"`(?:--)?((?:model|data|batch|optim|cache|log|checkpoint)\.[a-z_]+)[ `]", text):
+        assert name in settings(), f"{page.name} names a setting that is not there: {name}"
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to nothing: {target}"
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if "$DATA/selm_train.jsonl" in words])
+@pytest.mark.slow
+def test_run_on_real_rows(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's run, whole: it learns, and its first evaluation is ln 2 to the bit."""
+    import math
+
+    from selm_fast import train
+
+    data = ROOT.parent / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip("no real rows beside the project")
+    (heredoc,) = re.findall(r"config.json <<'END'\n(.*?)END\n", README, re.S)
+    (tmp_path / "config.json").write_text(heredoc, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    _, flags = split_recipe([word.replace("$DATA", str(data)) for word in words[2:]])
+    config = load_config(None, [*flags, "--cache.dir", str(tmp_path / "cache")])
+    result = train(config)
+    before, after = result.evaluations[0], result.evaluations[result.steps]
+    assert before["eval_loss"] == math.log(2)
+    assert before["eval_rewards/margins"] == 0.0
+    assert after["eval_rewards/margins"] > 0.1
+    assert after["eval_rewards/accuracies"] > 0.55
+    assert after["eval_loss"] < math.log(2)
