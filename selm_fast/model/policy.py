@@ -104,7 +104,10 @@ class Policy(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return cls._ready(model.to(dtype=dtype, device=device), head_mode, source)
+        # Not model.to(dtype): it would round the buffers too, rotary frequencies among them.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return cls._ready(model.to(device), head_mode, source)
 
     @classmethod
     def _ready(cls, model: Any, head_mode: Literal["auto", "keep", "recompute"], source: str) -> Self:

@@ -18,14 +18,18 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 def check_packed(policy: Policy, source: str) -> None:
     """Compare log-probs through the packed path and fused head with the model's own logits, a sequence at a time.
 
-    Raises Refused where they differ: the model has something (a scaled head, another mask) that is not served.
+    Raises Refused where they differ, or where the packed path fails: the model has something (a scaled head, another
+    mask, attention sinks) that is not served.
     """
     model = policy.model
     device, dtype = policy.head.weight.device, policy.head.weight.dtype
     ids = torch.randint(policy.head.weight.shape[0], (17,), generator=torch.Generator().manual_seed(0)).tolist()
     group = TokenGroup(ids[:6], ids[6:11], ids[11:14], ids[14:])
     batch = pack([group])[0]
-    packed = policy.token_logps(batch.to(device)).double().cpu()
+    try:
+        packed = policy.token_logps(batch.to(device)).double().cpu()
+    except (ValueError, TypeError) as cause:
+        raise Refused(f"{source} ({model.config.model_type}) cannot read packed batches: {cause}") from cause
 
     model.set_attn_implementation("eager")
     own = []

@@ -10,6 +10,7 @@ from typing import Any
 from selm_fast.errors import Refused
 
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
+OTHER_HEADS = ("classifier", "summary")  # their settings say nothing of a language model
 VISION_OR_AUDIO = ("vision_config", "audio_config", "speech_config")
 
 
@@ -71,7 +72,9 @@ def check_config(config: dict[str, Any], *, trust_remote_code: bool, source: str
             "its responses cannot share an encoded prompt"
         )
     for name, value in config.items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, int | float) and value > 0:
+        if name.startswith(OTHER_HEADS) or not isinstance(value, int | float) or value <= 0:
+            continue
+        if "dropout" in name or "layerdrop" in name or name.endswith("pdrop"):
             raise Refused(
                 f"{source} ({kind}) has {name} = {value}: with dropout on, responses cannot share an encoded prompt "
                 "and step 0 is not "

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_SECONDS = 10.0  # between two plain lines of one phase
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[unit]}"),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
 
 
 class Display:
@@ -17,6 +25,7 @@ class Display:
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -31,16 +40,17 @@ class Display:
         if not self.console.is_terminal:
             yield Phase(self if lines else Display(quiet=True), name, total, unit, done, None)
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            yield Phase(self, name, total, unit, done, bar)
+        # One bar display holds all phases: an evaluation shows up below the training that it interrupts.
+        outermost = self._bar is None
+        bar = self._bar = self._bar or Progress(*COLUMNS, console=self.console, transient=True)
+        with bar if outermost else nullcontext():
+            phase = Phase(self, name, total, unit, done, bar)
+            try:
+                yield phase
+            finally:
+                phase.close()
+                if outermost:
+                    self._bar = None
 
 
 class Phase:
@@ -48,7 +58,7 @@ class Phase:
 
     def __init__(self, display: Display, name: str, total: int, unit: str, done: int, bar: Progress | None) -> None:
         self._display, self._name, self._total, self._unit, self._bar = display, name, total, unit, bar
-        self._task = bar.add_task(name, total=total, completed=done) if bar else None
+        self._task = bar.add_task(name, total=total, completed=done, unit=unit) if bar else None
         self._done = self._done_before = done
         self._began = self._spoke = time.monotonic()
 
@@ -62,6 +72,11 @@ class Phase:
             self._display.say(
                 f"{self._name}: {self._done}/{self._total} {self._unit}, {self.seconds_left():.0f} s left"
             )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
 
     def seconds_left(self) -> float:
         """Time to the end at the pace so far (s)."""

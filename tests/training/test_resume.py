@@ -22,7 +22,6 @@ from selm_fast.training.run_train import train
 from .harness import (
     Live,
     MakeConfig,
-    Trace,
     assert_same_run,
     count_forwards_of,
     leftovers,
@@ -146,16 +145,10 @@ def test_a_stop_in_the_reference_pass_keeps_what_was_computed(
 def test_a_stop_at_the_last_pack_of_the_reference_pass_leaves_a_cache_that_is_exact(
     make_config: MakeConfig, live: Live, reference_forwards: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = make_config()
-    count = 0
-
-    def request(_: Any) -> None:
-        nonlocal count
-        count += 1
-
-    run(make_config("whole"), ROWS)
+    whole = make_config("whole")
+    run(whole, ROWS)
     packs = len(reference_forwards)
-    config = make_config("stopped", cache__dir=config.cache.dir / "another")
+    config = make_config("stopped", cache__dir=whole.cache.dir / "another")
     with pytest.MonkeyPatch.context() as patch:
         stop_at_forward(patch, live, 1 + packs)
         assert train_until_stopped(config, ROWS)
@@ -163,7 +156,7 @@ def test_a_stop_at_the_last_pack_of_the_reference_pass_leaves_a_cache_that_is_ex
     run(config, ROWS)
     assert not reference_forwards
     assert "another plan" not in caplog.text
-    assert_same_run(config.output_dir.parent / "whole", config.output_dir)
+    assert_same_run(whole.output_dir, config.output_dir)
 
 
 def test_optimiser_state_is_resumed_not_begun_anew(make_config: MakeConfig, live: Live) -> None:
@@ -201,11 +194,15 @@ def test_resuming_says_so_and_logs_the_remaining_steps_alone(
 
 
 def slow_command(config: Config, recipe: Path, seconds: float) -> int:
-    """Start the command in a forked process whose every forward takes `seconds` more; -> its process id."""
+    """Start the command in a forked process whose every forward takes `seconds` more; -> its process id.
+
+    A file beside the recipe, with the suffix .working, is made at the first forward.
+    """
     write_recipe(config, recipe)
     token_logps = Policy.token_logps
 
     def slowly(self: Policy, batch: Any) -> Tensor:
+        recipe.with_suffix(".working").touch()
         time.sleep(seconds)
         return token_logps(self, batch)
 
@@ -253,10 +250,10 @@ def test_hazard_30_a_second_signal_ends_the_process_at_once(make_config: MakeCon
     rows = str(write_rows(tmp_path / "rows.jsonl", ROWS))
     config = make_config(data__train=rows, epochs=50)
     child = slow_command(config, tmp_path / "recipe.yaml", 5.0)  # a forward that does not end soon
-    wait_until(lambda: (config.output_dir / "run.json").exists() or time.sleep(0.1) or True)
-    time.sleep(0.5)
+    wait_until((tmp_path / "recipe.working").exists)
     os.kill(child, signal.SIGTERM)
-    time.sleep(0.1)
+    time.sleep(0.2)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)  # at work until the forward ends
     os.kill(child, signal.SIGTERM)
     assert wait_for(child) == -signal.SIGTERM
 
@@ -267,8 +264,10 @@ def test_hazard_30_the_handlers_of_the_caller_are_put_back(make_config: MakeConf
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_hazard_30_the_command_itself(make_config: MakeConfig, tmp_path: Path) -> None:
-    """`python -m selm_fast train`, SIGTERM in the middle of training, and the same command once more."""
+def test_hazard_30_the_command_itself(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m selm_fast train` and SIGTERM in the middle of training; another process goes on from there."""
     rows = str(write_rows(tmp_path / "rows.jsonl", ROWS))
     config = make_config("stopped", data__train=rows, epochs=40, cache__dir=tmp_path / "cache-stopped")
     process = start_command(config, tmp_path / "recipe.yaml")
@@ -283,11 +282,8 @@ def test_hazard_30_the_command_itself(make_config: MakeConfig, tmp_path: Path) -
     step = int(newest_checkpoint(config.output_dir).name.removeprefix("step-"))
     assert 5 <= step < 120
     assert json.loads((config.output_dir / "run.json").read_text())["done"] is False
-    process = start_command(config, tmp_path / "recipe.yaml")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert f"resuming after step {step} of 120" in output
+    train(config)
+    assert f"resuming after step {step} of 120" in capsys.readouterr().out
     whole = make_config("whole", data__train=rows, epochs=40, cache__dir=tmp_path / "cache-whole")
-    trace = Trace()
-    train(whole, on_log=trace)
+    train(whole)
     assert_same_run(whole.output_dir, config.output_dir)

@@ -1,0 +1,333 @@
+"""kill -9 and a full disk, at every point where something reaches a disk: nothing saved is lost, nothing half is used."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selm_fast.config import Config
+from selm_fast.errors import RunFailed
+from selm_fast.training import checkpoint, reference_cache, storage
+from selm_fast.training.run_train import train
+
+from .harness import (
+    KILLED,
+    Crash,
+    MakeConfig,
+    assert_same_run,
+    disk_points,
+    in_child,
+    leftovers,
+    make_rows,
+    run,
+    start_command,
+    write_rows,
+)
+
+ROWS = make_rows(6, seed=11, duplicates=1)  # 2 steps
+ConfigOf = Callable[[str], Config]
+
+
+@pytest.fixture
+def config_of(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ConfigOf:
+    """Runs with a cache of their own, in several shards, and a checkpoint at every step, of which one is kept."""
+    monkeypatch.setattr(reference_cache, "SHARD_SEQUENCES", 8)
+
+    def make(name: str) -> Config:
+        return make_config(
+            name, dtype="bfloat16", batch__groups=3, cache__dir=tmp_path / f"cache-{name}", checkpoint__every=1,
+            checkpoint__keep=1,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def whole(config_of: ConfigOf) -> tuple[Path, list[str]]:
+    """A run that was left alone, and the points at which the others are killed."""
+    config = config_of("whole")
+    with disk_points() as kinds:
+        run(config, ROWS)
+    return config.output_dir, kinds
+
+
+def check_what_a_kill_left(config: Config, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every checkpoint and shard with a name is sound, and resuming ends with the bits of the run left alone."""
+    caplog.clear()
+    names = {path.name for path in (config.output_dir / "checkpoints").glob("step-*")}
+    found = checkpoint.load_latest(config.output_dir / "checkpoints")
+    assert (found is None) == (not names)
+    if found is not None:
+        assert found.path.name == max(names)
+    run(config, ROWS)
+    assert not caplog.records, caplog.text  # nothing was found damaged
+    assert_same_run(whole, config.output_dir)
+    assert not leftovers(config.output_dir, config.cache.dir)
+
+
+def test_hazard_31_killed_at_every_write_fsync_and_rename(
+    config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    reference, kinds = whole
+    assert len(kinds) > 50
+    assert {"write", "fsync", "rename"} == set(kinds)
+    steps_kept = set()
+    for at in range(1, len(kinds) + 1):
+        config = config_of(f"killed-{at}")
+        crash = Crash(at)
+
+        def work(crash: Crash = crash, config: Config = config) -> None:
+            crash.install()
+            run(config, ROWS)
+
+        assert in_child(work) == KILLED
+        saved = sorted((config.output_dir / "checkpoints").glob("step-*"))
+        steps_kept.add(saved[-1].name if saved else "no step")
+        check_what_a_kill_left(config, reference, caplog)
+        shutil.rmtree(config.output_dir)
+        shutil.rmtree(config.cache.dir)
+    assert steps_kept == {"no step", "step-00000001", "step-00000002"}
+
+
+def test_hazard_31_killed_in_the_middle_of_every_write(
+    config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    reference, kinds = whole
+    for at in (index for index, kind in enumerate(kinds, 1) if kind == "write"):
+        config = config_of(f"torn-{at}")
+
+        def work(at: int = at, config: Config = config) -> None:
+            Crash(at, torn=True).install()
+            run(config, ROWS)
+
+        assert in_child(work) == KILLED
+        check_what_a_kill_left(config, reference, caplog)
+
+
+def test_hazard_31_killed_again_and_again(
+    config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each attempt is killed a few points further on than it began; the run gets there all the same."""
+    reference, _ = whole
+    config = config_of("killed")
+    for at in range(1, 200, 6):
+        def work(at: int = at) -> None:
+            Crash(at).install()
+            run(config, ROWS)
+
+        code = in_child(work)
+        if code == 0:
+            break
+        assert code == KILLED
+    assert code == 0
+    check_what_a_kill_left(config, reference, caplog)
+
+
+def test_hazard_31_killed_while_old_checkpoints_are_dropped(
+    config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The older checkpoint is half gone; the newer one is whole."""
+    config = config_of("killed")
+
+    def work() -> None:
+        def dies(path: Path, **_: Any) -> None:
+            if path.name.startswith("step-"):
+                os.unlink(path / "manifest.json")
+                os._exit(KILLED)
+
+        shutil.rmtree = dies  # type: ignore[assignment]
+        run(config, ROWS)
+
+    assert in_child(work) == KILLED
+    assert len(list((config.output_dir / "checkpoints").glob("step-*"))) == 2
+    check_what_a_kill_left(config, whole[0], caplog)
+
+
+def test_hazard_31_everything_is_durable_before_it_gets_its_name(
+    config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a power cut: each file is fsynced after its last write and before its rename, then the folder is."""
+    events: list[tuple[str, str]] = []
+    write, rename = storage._write, storage._rename
+
+    def path_of(fd: int) -> str:
+        return os.readlink(f"/proc/self/fd/{fd}")
+
+    def seen_write(fd: int, data: memoryview) -> int:
+        events.append(("write", path_of(fd)))
+        return write(fd, data)
+
+    def seen_rename(source: Path, target: Path) -> None:
+        files = [str(path) for path in source.rglob("*")] if source.is_dir() else []
+        durable = {path for kind, path in events if kind == "fsync"}
+        dirty = [path for kind, path in events if kind == "write" and path not in durable]
+        missing = [path for path in (str(source), *files) if path not in durable]
+        assert not dirty, dirty
+        assert not missing, missing
+        rename(source, target)
+        events.append(("rename", str(target)))
+
+    monkeypatch.setattr(storage, "_write", seen_write)
+    monkeypatch.setattr(storage, "_fsync", lambda fd: events.append(("fsync", path_of(fd))))
+    monkeypatch.setattr(storage, "_rename", seen_rename)
+    run(config_of("run"), ROWS)
+    renames = [index for index, (kind, _) in enumerate(events) if kind == "rename"]
+    assert len(renames) >= 10
+    for index in renames:
+        assert events[index + 1] == ("fsync", str(Path(events[index][1]).parent))
+    for index, (kind, path) in enumerate(events):
+        if kind == "write":
+            assert ("fsync", path) in events[index:]
+
+
+class FullDisk:
+    """The n-th write or fsync says that the disk is full, and so do all after it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+        self.at, self.seen = at, 0
+        write, fsync = storage._write, storage._fsync
+
+        def full_write(fd: int, data: memoryview) -> int:
+            if self._full():
+                write(fd, data[: len(data) // 3])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(fd, data)
+
+        def full_fsync(fd: int) -> None:
+            if self._full():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(fd)
+
+        monkeypatch.setattr(storage, "_write", full_write)
+        monkeypatch.setattr(storage, "_fsync", full_fsync)
+
+    def _full(self) -> bool:
+        self.seen += 1
+        return self.seen >= self.at
+
+
+def test_hazard_32_full_disk_at_every_write_and_fsync(
+    config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    reference, kinds = whole
+    for at in range(1, sum(kind != "rename" for kind in kinds) + 1):
+        config = config_of(f"full-{at}")
+        with pytest.MonkeyPatch.context() as patch:
+            FullDisk(patch, at)
+            with pytest.raises(RunFailed, match="the disk is full: .* was not written; what was saved before is intact"):
+                run(config, ROWS)
+        assert not leftovers(config.output_dir, config.cache.dir)
+        check_what_a_kill_left(config, reference, caplog)
+        shutil.rmtree(config.output_dir)
+
+
+def test_hazard_32_the_last_good_checkpoint_is_not_touched(config_of: ConfigOf) -> None:
+    """The write of the second checkpoint fails: the first is there to the byte, although only one is kept."""
+    config = config_of("full")
+    first = config.output_dir / "checkpoints" / "step-00000001"
+    contents: dict[str, bytes] = {}
+    write = storage._write
+
+    def full_after_the_first(fd: int, data: memoryview) -> int:
+        if first.exists():
+            contents.update({path.name: path.read_bytes() for path in first.iterdir()})
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_write", full_after_the_first)
+        with pytest.raises(RunFailed, match="the disk is full"):
+            run(config, ROWS)
+    assert contents
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == contents
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+
+
+def test_hazard_32_other_errors_of_a_disk_are_not_taken_for_a_full_one(
+    config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(fd: int, data: memoryview) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(storage, "_write", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        run(config_of("broken"), ROWS)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a real file system of so many bytes; skips where that is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def mount(size: int) -> Path:
+        nonlocal mounted
+        line = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            mounted = subprocess.run(line, capture_output=True, check=False).returncode == 0
+        except OSError:
+            mounted = False
+        if not mounted:
+            pytest.skip("no right to mount a small disk")
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.7, 0.85, 0.95])
+def test_hazard_32_a_disk_that_is_really_full(
+    config_of: ConfigOf, whole: tuple[Path, list[str]], small_disk: Callable[[int], Path], share: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever writes: our own storage, the metrics, or safetensors and transformers in the export."""
+    reference, _ = whole
+    needed = 4096 * sum(1 + path.stat().st_size // 4096 for path in reference.rglob("*") if path.is_file())
+    config = config_of("run")
+    disk = small_disk(int(share * needed))
+    config = config.model_copy(update={"output_dir": disk / "run"})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, 2**40))
+    with pytest.raises(RunFailed, match="the disk is full"):
+        run(config, ROWS)
+    assert not leftovers(config.output_dir)
+    if (config.output_dir / "checkpoints").exists():
+        for path in (config.output_dir / "checkpoints").glob("step-*"):
+            checkpoint.load(path)
+
+
+@pytest.mark.slow
+def test_hazard_31_three_real_kills_at_random_moments(make_config: MakeConfig, tmp_path: Path) -> None:
+    """`python -m selm_fast train` and SIGKILL, three times; the moments are drawn anew in every test run."""
+    rows = str(write_rows(tmp_path / "rows.jsonl", make_rows(40, seed=1)))
+    settings: dict[str, Any] = {"data__train": rows, "epochs": 12, "checkpoint__every": 3}
+    whole = make_config("whole", cache__dir=tmp_path / "cache-whole", **settings)
+    began = time.monotonic()
+    process = start_command(whole, tmp_path / "whole.yaml")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    seconds = time.monotonic() - began
+    config = make_config("killed", cache__dir=tmp_path / "cache-killed", **settings)
+    for _ in range(3):
+        moment = random.SystemRandom().uniform(0.5, seconds)
+        process = start_command(config, tmp_path / "killed.yaml")
+        try:
+            output, _ = process.communicate(timeout=moment)
+            assert process.returncode == 0, output
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    train(config)
+    assert_same_run(whole.output_dir, config.output_dir)
+    assert not leftovers(config.output_dir, config.cache.dir)
