@@ -51,6 +51,19 @@ def learned(now: list[float], before: list[float]) -> float:
     return sum(a - b for a, b in zip(now, before, strict=True)) / len(now)
 
 
+def table(results: dict[str, Any]) -> str:
+    """The measurements as a Markdown table; docs/precision.md holds it."""
+    lines = ["| grid dither | steps | bf16 weights changed | margin, masters (nats) | margin, export (nats) | share |"]
+    lines.append("|---|---|---|---|---|---|")
+    for line in results["measurements"]:
+        margins = f"{line['margin_masters']:.3f} | {line['margin_export']:.3f}"
+        state = "on" if line["dither"] else "off"
+        lines.append(
+            f"| {state} | {line['step']} | {line['bf16_weights_changed']:.1%} | {margins} | {line['share']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Train with and without, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

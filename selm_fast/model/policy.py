@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,7 +72,7 @@ class Policy(nn.Module):
                 output_loading_info=True,
             )
             model, info = loaded
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise (
                 error if isinstance(error, Refused) else Refused(f"cannot load the model {source}: {error}")
             ) from error
@@ -172,10 +173,19 @@ class Policy(nn.Module):
     def checkpoint_activations(self) -> None:
         """Recompute each decoder layer in the backward pass instead of keeping its activations."""
         for layer in self.layers():
-            # No layer draws random numbers (dropout is refused), so none need be replayed.
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = _checkpointed(layer.forward)
 
     def compile_layers(self) -> None:
         """torch.compile each decoder layer, for any number of tokens."""
         for layer in self.layers():
             layer.compile(dynamic=True)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` under checkpointing, as a function of ours: torch.compile would not look into a functools.partial."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # No layer draws random numbers (dropout is refused), so none need be replayed.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from selm_fast.training.masters import weights_digest
 def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that could change a reference log-prob, by name; what cannot (learning rate, beta) is left out."""
     device = policy.head.weight.device
-    model_config = policy.model.config.to_json_string(use_diff=False)
+    model_config = policy.model.config.to_dict()
+    model_config.pop("_name_or_path", None)  # where the weights lie is not what they say
     on_cpu = device.type == "cpu"
     return {
         "weights": weights_digest(policy.model),
-        "model_config": hashlib.sha256(model_config.encode()).hexdigest(),
+        "model_config": hashlib.sha256(json.dumps(model_config, sort_keys=True, default=str).encode()).hexdigest(),
         "tokenizer": tokenizer.digest(),
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,

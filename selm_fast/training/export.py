@@ -56,10 +56,9 @@ def write_model(out: Path, assets: Path, masters: dict[str, Tensor], dtype: str,
     """Write a model folder, whole or not at all: weights in `dtype`, configuration, tokenizer, model card."""
     config = AutoConfig.from_pretrained(assets)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])  # its dtype is what config.json will say
     if (assets / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(assets)
-    model.config.dtype = DTYPES[dtype]
     with storage.new_folder(out, manifest=False) as temporary:
         state = {name: tensor.to(DTYPES[dtype]) for name, tensor in masters.items()}
         model.save_pretrained(temporary, state_dict=state)

@@ -43,23 +43,25 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def summary_writer() -> Any:
+    """TensorBoard's writer class. Raises Refused where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise Refused(
+            "log.tensorboard is set and tensorboard is not installed: pip install 'selm_fast[tensorboard]'"
+        ) from error
+    return SummaryWriter
+
+
 class MetricsLog:
     """Appends to `metrics.jsonl` and, if asked, TensorBoard."""
 
     def __init__(self, folder: Path, *, tensorboard: bool, step: int = 0, length: int = 0) -> None:
-        """step: where the run goes on.  length: bytes of the file up to there; what is after it is run again.
-
-        Raises Refused where TensorBoard is asked for and not installed.
-        """
+        """step: where the run goes on.  length: bytes of the file up to there; what is after it is run again."""
         self._writer: Any = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise Refused(
-                    "log.tensorboard is set and tensorboard is not installed: pip install 'selm_fast[tensorboard]'"
-                ) from error
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._writer = summary_writer()(str(folder / "tensorboard"), purge_step=step + 1)
         self._path = folder / "metrics.jsonl"
         self._file = self._path.open("ab")
         self._file.truncate(min(length, self._file.tell()))

@@ -26,6 +26,7 @@ from selm_fast.training.cache_identity import cache_identity
 from selm_fast.training.loop import Trainer
 from selm_fast.training.machine import check_disk, choose_device
 from selm_fast.training.masters import Masters, weights_digest
+from selm_fast.training.metrics import summary_writer
 from selm_fast.training.metrics import peak_memory_gib
 from selm_fast.training.optimizer import make_optimizer
 from selm_fast.training.progress import Display
@@ -89,8 +90,11 @@ class _Run:
         folder = RunFolder(config.output_dir.expanduser())
         record = folder.check(config)
         device, dtype = choose_device(config)
+        if config.log.tensorboard:
+            summary_writer()
+        vocab_size = _vocab_size(config)  # a missing model is told of before its tokenizer
         tokenizer = load_tokenizer(str(config.tokenizer_source))
-        data, held_out = self._data(tokenizer, _vocab_size(config), rows)
+        data, held_out = self._data(tokenizer, vocab_size, rows)
         plans, eval_plan = self._plans(data, held_out)
         facts = {"data": data.digest, "eval_data": held_out and held_out.digest, "tokenizer": tokenizer.digest()}
         if record is not None:
@@ -104,13 +108,17 @@ class _Run:
             # One model at a time: the reference is gone before the policy is loaded.
             reference_policy = self._load(config.model.reference, device)
             self._prepare(reference_policy, dtype)
+            facts["reference"] = weights_digest(reference_policy.model)
             references = self._references(reference_policy, tokenizer, dtype, plans[0], eval_plan)
             del reference_policy
         policy = self._load(config.model.path, device)
         check_disk(folder.path, policy, dtype)
         masters = self._prepare(policy, dtype)
         facts["weights"] = weights_digest(policy.model)
-        if record is None:
+        if record is not None:
+            _check_facts(record, facts, folder.path)
+        references = references or self._references(policy, tokenizer, dtype, plans[0], eval_plan)
+        if record is None:  # written once nothing can be refused any more: a refusal leaves the folder free
             record = {
                 "config": config.to_json(),
                 **facts,
@@ -125,8 +133,6 @@ class _Run:
                 "done": False,
             }
             folder.begin(record)
-        _check_facts(record, facts, folder.path)
-        references = references or self._references(policy, tokenizer, dtype, plans[0], eval_plan)
         export.save_assets(folder.assets, policy.model, tokenizer.hf)
         trainer = Trainer(
             config, folder, policy, masters, make_optimizer(masters, config), plans, references[0],
@@ -270,6 +276,7 @@ def _check_facts(record: dict[str, Any], facts: dict[str, Any], path: Path) -> N
         "eval_data": "held-out rows",
         "tokenizer": "tokenizer",
         "weights": "initial weights",
+        "reference": "weights of the reference model",
     }
     changed = [names[key] for key, value in facts.items() if record.get(key) != value]
     if changed:

@@ -138,9 +138,17 @@ def _sync_and_hash(path: Path) -> str:
 
 def verify_folder(folder: Path) -> None:
     """Check every file of a folder made by `new_folder` against its manifest. Raises Damaged."""
+    for name, sha256 in _hashes(folder).items():
+        read_checked(folder / name, sha256)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each file of a folder made by `new_folder`, by its manifest. Raises Damaged."""
     manifest = read_json(folder / MANIFEST)
-    for name, expected in manifest["files"].items():
-        read_checked(folder / name, expected["sha256"])
+    try:
+        return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{folder / MANIFEST}: not a list of files and their hashes") from error
 
 
 def read_checked(path: Path, sha256: str) -> bytes:
@@ -184,9 +192,8 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> Non
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     """The tensors of `write_tensors`, each file checked against the folder's manifest. Raises Damaged."""
-    files = read_json(folder / MANIFEST)["files"]
     tensors: dict[str, Tensor] = {}
-    for name in sorted(files):
+    for name, sha256 in sorted(_hashes(folder).items()):
         if name.startswith(f"{stem}-") and name.endswith(".safetensors"):
-            tensors |= safetensors.torch.load(read_checked(folder / name, files[name]["sha256"]))
+            tensors |= safetensors.torch.load(read_checked(folder / name, sha256))
     return tensors

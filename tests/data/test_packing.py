@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,14 +49,16 @@ def check_layout(batch: PackedBatch, groups: Sequence[TokenGroup]) -> None:
     tokens, positions, kv_index = batch.tokens.tolist(), batch.positions.tolist(), batch.kv_index.tolist()
     cu_q, cu_k = batch.cu_seqlens_q.tolist(), batch.cu_seqlens_k.tolist()
     rows, targets, cu_responses = batch.response_rows.tolist(), batch.targets.tolist(), batch.cu_responses.tolist()
-    sequences = [(group.prompt, ids) for group in groups for ids in distinct([group.chosen, group.rejected, group.explored])]
+    sequences = [
+        (group.prompt, ids) for group in groups for ids in distinct([group.chosen, group.rejected, group.explored])
+    ]
 
     assert cu_q[0] == cu_k[0] == cu_responses[0] == 0
     assert (cu_q[-1], cu_k[-1], cu_responses[-1]) == (len(tokens), len(kv_index), len(targets))
     assert len(cu_q) == len(cu_k) == len(cu_responses) == len(sequences) + 1
     assert len(tokens) == len(positions) == sum(group.num_tokens() for group in groups)
-    assert batch.max_seqlen_q == max(stop - start for start, stop in zip(cu_q, cu_q[1:], strict=False))
-    assert batch.max_seqlen_k == max(stop - start for start, stop in zip(cu_k, cu_k[1:], strict=False))
+    assert batch.max_seqlen_q == max(stop - start for start, stop in pairwise(cu_q))
+    assert batch.max_seqlen_k == max(stop - start for start, stop in pairwise(cu_k))
     assert len(set(rows)) == len(rows)  # no hidden row is used twice
 
     for nth, (prompt, response) in enumerate(sequences):
@@ -78,8 +81,16 @@ def check_layout(batch: PackedBatch, groups: Sequence[TokenGroup]) -> None:
             index = getattr(batch.pairs, part)[nth].item()
             assert index == (-1 if ids is None else first + responses.index(list(ids)))
         first += len(responses)
-    dtypes = {field.name: getattr(batch, field.name).dtype for field in fields(batch) if "Tensor" in str(field.type) and field.name != "pairs"}
-    assert {name for name, dtype in dtypes.items() if dtype == torch.int32} == {"cu_seqlens_q", "cu_seqlens_k", "cu_responses"}
+    dtypes = {
+        field.name: getattr(batch, field.name).dtype
+        for field in fields(batch)
+        if "Tensor" in str(field.type) and field.name != "pairs"
+    }
+    assert {name for name, dtype in dtypes.items() if dtype == torch.int32} == {
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "cu_responses",
+    }
     assert set(dtypes.values()) == {torch.int32, torch.int64}
     assert batch.num_groups == len(groups) == len(batch.row_ids)
 
@@ -122,11 +133,18 @@ def test_equal_responses_are_found_by_their_ids_within_a_group_only() -> None:
 
 
 def test_sequence_keys_tell_prompt_from_response_and_are_the_same_everywhere() -> None:
-    keys = {sequence_key([1, 2], [3]), sequence_key([1], [2, 3]), sequence_key([1, 2, 3], [3]), sequence_key([1, 2], [4])}
+    keys = {
+        sequence_key([1, 2], [3]),
+        sequence_key([1], [2, 3]),
+        sequence_key([1, 2, 3], [3]),
+        sequence_key([1, 2], [4]),
+    }
     assert len(keys) == 4
     assert all(len(key) == 16 for key in keys)
     assert sequence_key((1, 2), (3,)) == sequence_key([1, 2], [3])
-    assert sequence_key([1, 2], [3]).hex() == "4c85ae5d0e2ecd0933f7d692f4bf61c8"  # a cache made on another machine finds it
+    assert (
+        sequence_key([1, 2], [3]).hex() == "4c85ae5d0e2ecd0933f7d692f4bf61c8"
+    )  # a cache made on another machine finds it
 
 
 @given(st.lists(token_groups(), min_size=1, max_size=12), st.integers(120, 300))
@@ -146,7 +164,8 @@ def test_max_tokens_is_respected_and_every_group_is_packed_once(groups: list[Tok
 
 
 @pytest.mark.parametrize(
-    "group", [TokenGroup([], [1], [2]), TokenGroup([1], [], [2]), TokenGroup([1], [2], []), TokenGroup([1], [2], [3], [])]
+    "group",
+    [TokenGroup([], [1], [2]), TokenGroup([1], [], [2]), TokenGroup([1], [2], []), TokenGroup([1], [2], [3], [])],
 )
 def test_empty_prompts_and_responses_are_refused_by_row(group: TokenGroup) -> None:
     with pytest.raises(ValueError, match="group 41 has an empty prompt or response"):
@@ -228,7 +247,9 @@ def test_an_epoch_takes_every_group_exactly_once(count: int, groups_per_step: in
     members = [[nth for batch in step for nth in batch] for step in plan.steps]
     assert sorted(nth for step in members for nth in step) == list(range(count))
     sizes = [len(step) for step in members]
-    assert sizes == [groups_per_step] * (count // groups_per_step) + [count % groups_per_step] * (count % groups_per_step > 0)
+    assert sizes == [groups_per_step] * (count // groups_per_step) + [count % groups_per_step] * (
+        count % groups_per_step > 0
+    )
     assert sizes == [plan.num_groups(nth) for nth in range(len(plan.steps))]
     keys = []
     for nth, step in enumerate(plan.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -103,6 +104,18 @@ def test_named_settings_and_links_exist(page: Path) -> None:
         assert name in settings(), f"{page.name} names a setting that is not there: {name}"
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (page.parent / target).exists(), f"{page.name} links to nothing: {target}"
+
+
+def test_precision_page_holds_what_was_measured() -> None:
+    spec = importlib.util.spec_from_file_location("grid_dither", ROOT / "benchmarks/grid_dither.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = json.loads((ROOT / "benchmarks/results/grid_dither.json").read_text("utf-8"))
+    assert module.table(results) in (ROOT / "docs/precision.md").read_text("utf-8")
+    assert all(line["share"] >= 0.95 for line in results["measurements"] if line["dither"])
+    assert all(line["share"] < 0.5 for line in results["measurements"] if not line["dither"])
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if "$DATA/selm_train.jsonl" in words])

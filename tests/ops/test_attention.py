@@ -78,14 +78,18 @@ HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (3, 1)}
 SCALE = 0.37  # of no head size: a scale that is dropped or taken twice shows
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, rows: Layout, *, window: int | None = None, softcap: float | None = None) -> Tensor:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, rows: Layout, *, window: int | None = None, softcap: float | None = None
+) -> Tensor:
     """Branch by branch, head by head, query by query: a weighted mean over the keys that the query may see."""
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
     for queries, keys in zip(rows.queries, rows.keys, strict=True):
         for nth, row in enumerate(queries):
             last = len(keys) - len(queries) + nth  # the last query sees the last key
-            seen = [key for place, key in enumerate(keys) if place <= last and (window is None or place > last - window)]
+            seen = [
+                key for place, key in enumerate(keys) if place <= last and (window is None or place > last - window)
+            ]
             for head in range(q.shape[1]):
                 scores = SCALE * (k[seen, head // group] @ q[row, head])
                 if softcap is not None:
@@ -160,7 +164,9 @@ def test_the_plain_path_in_float64_is_exact() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("setting", ["plain", "window", "softcap"])
 @pytest.mark.usefixtures("path")
-def test_16_bit_errors_are_at_most_twice_those_of_separate_sequences_through_torch(setting: str, dtype: torch.dtype) -> None:
+def test_16_bit_errors_are_at_most_twice_those_of_separate_sequences_through_torch(
+    setting: str, dtype: torch.dtype
+) -> None:
     """Against fp64: rms error of the output and of every gradient; a shared key's gradient is summed in fp32."""
     rows = layout((30, 12, 9, 17), (25, 20, 3))
     tensors = inputs(rows, "gqa", dtype, size=16)
@@ -174,7 +180,9 @@ def test_16_bit_errors_are_at_most_twice_those_of_separate_sequences_through_tor
         assert error <= 2 * own_error, (error, own_error)
 
 
-def _separately(q: Tensor, k: Tensor, v: Tensor, rows: Layout, *, window: int | None = None, softcap: float | None = None) -> Tensor:
+def _separately(
+    q: Tensor, k: Tensor, v: Tensor, rows: Layout, *, window: int | None = None, softcap: float | None = None
+) -> Tensor:
     """Each branch through ordinary torch operations in the inputs' dtype, as an eager model would."""
     group = q.shape[1] // k.shape[1]
     parts = []
@@ -193,7 +201,7 @@ def _separately(q: Tensor, k: Tensor, v: Tensor, rows: Layout, *, window: int | 
 
 @pytest.mark.usefixtures("path")
 def test_gradients_of_a_shared_key_are_summed_in_fp32() -> None:
-    """One prompt row under 64 branches, in bf16: a sum rounded at each step would be off by far more than one rounding."""
+    """One prompt row under 64 branches, in bf16: a sum rounded at each step is off by far more than one rounding."""
     branches = 64
     rows = Layout([[n] for n in range(branches)], [[0, n] for n in range(branches)])
     generator = torch.Generator().manual_seed(0)
@@ -280,7 +288,10 @@ def _invalid() -> list[tuple[str, dict[str, Any]]]:
         ("q must be", {"q": t(3, 4, 16)}),
         ("q must be", {"q": t(3, 3, 8)}),
         ("cu_seqlens_q and cu_seqlens_k", {"cu_seqlens_q": torch.tensor([0, 2, 3])}),
-        ("cu_seqlens_q and cu_seqlens_k", {"cu_seqlens_q": torch.tensor([[0, 3]]), "cu_seqlens_k": torch.tensor([[0, 3]])}),
+        (
+            "cu_seqlens_q and cu_seqlens_k",
+            {"cu_seqlens_q": torch.tensor([[0, 3]]), "cu_seqlens_k": torch.tensor([[0, 3]])},
+        ),
         ("at least as many keys as queries", {"max_seqlen_q": 4}),
         ("window must be at least 1", {"window": 0}),
         ("window must be at least 1", {"window": -1}),
@@ -289,7 +300,12 @@ def _invalid() -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize(("message", "changed"), _invalid())
 def test_arguments_that_do_not_fit_are_refused(message: str, changed: dict[str, Any]) -> None:
-    good = {"q": torch.zeros(3, 4, 8), "k": torch.zeros(3, 2, 8), "v": torch.zeros(3, 2, 8), **layout((2, 2)).arguments()}
+    good = {
+        "q": torch.zeros(3, 4, 8),
+        "k": torch.zeros(3, 2, 8),
+        "v": torch.zeros(3, 2, 8),
+        **layout((2, 2)).arguments(),
+    }
     shared_prefix_attention(**good, scale=1.0)
     with pytest.raises(ValueError, match=message):
         shared_prefix_attention(**{**good, **changed}, scale=1.0)

@@ -49,7 +49,7 @@ def make(
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Random inputs whose logits have a spread of about 2.5, three ignored rows, and upstream gradients of both signs."""
+    """Random inputs with logits of about 2.5, three ignored rows, and upstream gradients of both signs."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -76,7 +76,7 @@ def by_torch(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """The same log-probs as every trainer computes them: logits in the inputs' dtype, log_softmax from fp32 (fp64 in fp64)."""
+    """The same as trainers compute it: logits in the inputs' dtype, log_softmax in fp32 (fp64 for fp64 inputs)."""
     logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -107,10 +107,10 @@ def relative(got: Tensor, exact: Tensor) -> tuple[float, float]:
 def assert_as_good_as_torch(
     samples: list[dict[str, Any]], dtype: torch.dtype, factor: float = 2.0, **extra: Any
 ) -> None:
-    """Root mean square error of the output and of every gradient at most `factor` times that of torch in the same dtype.
+    """Rms error of the output and of every gradient at most `factor` times that of torch in the same dtype.
 
-    Both against fp64, over all samples together. The largest error of a sample may be twice as much again: it is that of
-    one element, and where torch happens to hit it well, a mere rounding of ours is far more.
+    Both against fp64, over all samples together. The largest error of a sample may be twice as much again: it is that
+    of one element, and where torch happens to hit it well, a mere rounding of ours is far more.
     """
     ours: dict[str, list[float]] = defaultdict(list)
     theirs: dict[str, list[float]] = defaultdict(list)
@@ -169,7 +169,7 @@ def test_output_and_gradients_are_as_exact_as_torchs_own(head: str, dtype: torch
 def test_kept_logits_are_as_good_as_recomputed_ones_where_matmuls_have_fp32_results(
     dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU. Kept as z rounded to 16 bits beside an exact logsumexp, they were 2.4 times worse than torch's own."""
+    """As on a GPU. Rounded to 16 bits as they are, beside an exact logsumexp, they err 2.4 times as much as torch's."""
 
     def logits(self: Any, hidden: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
         torch.mm(hidden.float(), self.weight[v0:v1].float().t(), out=out)
@@ -329,7 +329,7 @@ def test_leading_dimensions_come_back() -> None:
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 @pytest.mark.parametrize("ignore_index", [-100, 0, 7, V - 1])
 def test_ignored_rows_give_zero_and_get_no_gradient(ignore_index: int, mode: str) -> None:
-    """A whole tile of ignored rows among others (Liger #1338), and an ignore_index that is a token of the vocabulary."""
+    """A whole tile of ignored rows among others (Liger #1338), and an ignore_index that is a token."""
     inputs = make(with_bias=True)
     targets = inputs["targets"].clamp(min=1)
     targets[targets == ignore_index] = 3
@@ -381,7 +381,7 @@ def test_a_vocabulary_of_one_token_is_certain_of_it(mode: str) -> None:
 @pytest.mark.parametrize("vocab", [2, TILE_VOCAB - 1, TILE_VOCAB, TILE_VOCAB + 1, 2 * TILE_VOCAB, 2 * TILE_VOCAB + 1])
 @pytest.mark.parametrize("rows", [1, TILE_ROWS, TILE_ROWS + 1])
 def test_sizes_around_the_edges_of_tiles(rows: int, vocab: int) -> None:
-    """Columns beyond V are no tokens (verl #2899 counted each as exp(0)); the last tile may hold one masked target alone."""
+    """Columns beyond V are no tokens (verl #2899 counted each as exp(0)); the last tile may hold the target alone."""
     inputs = make(rows=rows, vocab=vocab, with_bias=True)
     inputs["targets"] = torch.arange(rows).neg() % vocab  # the first target is 0, the second the last token
     for mode in ("keep", "recompute"):

@@ -174,7 +174,7 @@ def test_the_loss_of_step_zero_is_ln_2_to_the_bit_for_every_number_of_groups(c: 
 
 
 def test_step_zero_over_micro_batches_sums_to_ln_2_within_a_bit() -> None:
-    """Whatever the cut: 300 numbers of groups, each cut at random into 2 to 9 micro-batches, added up without rounding."""
+    """Whatever the cut: 300 numbers of groups, each cut at random into 2 to 9 micro-batches, summed exactly."""
     generator = random.Random(0)
     for count in range(2, 301):
         losses = []
@@ -311,5 +311,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         preference_loss(policy.unsqueeze(0), reference.unsqueeze(0), pairs, beta=0.1)
     with pytest.raises(ValueError, match="must all be"):
         preference_loss(
-            policy, reference, Pairs(chosen=pairs.chosen, rejected=pairs.rejected, explored=pairs.explored[:0]), beta=0.1
+            policy,
+            reference,
+            Pairs(chosen=pairs.chosen, rejected=pairs.rejected, explored=pairs.explored[:0]),
+            beta=0.1,
         )

@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,10 @@ from selm_fast.training.run_train import train
 from selm_fast.training.signals import StopFlag
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WORDS = "the sky sea air blue green is was and not over under why how because of light water tree stone".split()
+WORDS = (
+    "the", "sky", "sea", "air", "blue", "green", "is", "was", "and", "not", "over", "under", "why", "how", "because",
+    "of", "light", "water", "tree", "stone",
+)  # fmt: skip
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -43,7 +46,7 @@ Rows = list[dict[str, Any]]
 MakeConfig = Callable[..., Config]
 
 
-def write_tokenizer(folder: Path, template: str = TEMPLATE, words: list[str] = WORDS) -> None:
+def write_tokenizer(folder: Path, template: str = TEMPLATE, words: Sequence[str] = WORDS) -> None:
     """A byte-level BPE of 280 tokens with BOS, EOS, two role tokens and a chat template."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,9 +66,9 @@ def write_tokenizer(folder: Path, template: str = TEMPLATE, words: list[str] = W
 def write_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random two-layer Llama with its tokenizer. Its weights are larger than usual, so that log-probs vary."""
     settings = {
-        "vocab_size": 284, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.3, "tie_word_embeddings": False,
-        "bos_token_id": 0, "eos_token_id": 1,
+        "vocab_size": 284, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
+        "initializer_range": 0.3, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -63,13 +63,13 @@ def plain_loop(config: Config, groups: list[TokenGroup]) -> tuple[dict[str, Tens
             members = [groups[i] for micro_batch in step for i in micro_batch]
             losses = []
             for group in members:
-                with torch.no_grad():
-                    base = {id(y): own_logp(reference, group.prompt, y) for y in group.responses()}
-                ratios = {
-                    name: own_logp(policy, group.prompt, y) - base[id(next(z for z in group.responses() if z == y))]
-                    for name, y in (("chosen", group.chosen), ("rejected", group.rejected), ("explored", group.explored))
-                    if y is not None
-                }
+                named = {"chosen": group.chosen, "rejected": group.rejected, "explored": group.explored}
+                ratios = {}
+                for name, response in named.items():
+                    if response is not None:
+                        with torch.no_grad():
+                            base = own_logp(reference, group.prompt, response)
+                        ratios[name] = own_logp(policy, group.prompt, response) - base
                 margin = beta * (ratios["chosen"] - ratios["rejected"])
                 loss = -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
                 if "explored" in ratios:
@@ -111,7 +111,9 @@ def test_training_equals_a_plain_loop(make_config: MakeConfig, changes: dict[str
         assert (found[name] - weight).abs().max() < 1e-5 + 1e-3 * moved, name
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__activation_checkpointing": "full"}, {"head_mode": "recompute"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"model__activation_checkpointing": "full"}, {"head_mode": "recompute"}], ids=str
+)
 def test_result_does_not_depend_on_the_micro_batches(
     make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -132,7 +134,9 @@ def test_result_does_not_depend_on_the_micro_batches(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_same_command_twice_gives_the_same_bits(make_config: MakeConfig, eval_file: str, tmp_path: Path, dtype: str) -> None:
+def test_the_same_command_twice_gives_the_same_bits(
+    make_config: MakeConfig, eval_file: str, tmp_path: Path, dtype: str
+) -> None:
     configs = [
         make_config(name, dtype=dtype, epochs=2, data__eval=eval_file, cache__dir=tmp_path / f"cache-{name}")
         for name in ("one", "two")
