@@ -78,6 +78,7 @@ class MetricsLog:
         }
         with disk_errors(self._path):
             self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()  # others read along
         if self._writer is not None:
             for name, value in line.items():
                 if isinstance(value, int | float) and name != "step":
@@ -86,7 +87,6 @@ class MetricsLog:
     def sync(self) -> int:
         """Make every line durable; -> the length of the file in bytes. Raises RunFailed on a full disk."""
         with disk_errors(self._path):
-            self._file.flush()
             os.fsync(self._file.fileno())
         return self._file.tell()
 

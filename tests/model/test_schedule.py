@@ -29,6 +29,7 @@ def test_every_step_is_that_of_transformers(total: int, warmup: float, schedule:
 
 
 def test_the_warm_up_is_rounded_as_transformers_does(tmp_path: object) -> None:
+    pytest.importorskip("accelerate")  # TrainingArguments asks for it
     from transformers import TrainingArguments
 
     for total in (1, 7, 10, 30, 70, 99, 239):

@@ -518,6 +518,12 @@ def test_a_target_outside_the_vocabulary_is_an_error_that_names_its_row(row: int
         linear_logprob(inputs["hidden"], inputs["weight"], inputs["targets"])
 
 
+def test_the_first_of_several_targets_outside_the_vocabulary_is_named() -> None:
+    targets = torch.tensor([[1, -100, V], [2, -7, V + 1]])
+    with pytest.raises(IndexError, match=rf"targets\[2\] \(flattened\) is {V}"):
+        linear_logprob(torch.zeros(2, 3, D), torch.zeros(V, D), targets)
+
+
 def _invalid() -> Iterator[tuple[str, dict[str, Any]]]:
     hidden, weight, targets = torch.zeros(4, D), torch.zeros(V, D), torch.zeros(4, dtype=torch.long)
     good = {"hidden": hidden, "weight": weight, "targets": targets}

@@ -62,8 +62,8 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def eval_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Held-out rows, enough for two micro-batches."""
-    return str(write_rows(tmp_path_factory.mktemp("eval") / "eval.jsonl", make_rows(5, seed=100)))
+    """Held-out rows, enough for some micro-batches; equal ones meet different neighbours."""
+    return str(write_rows(tmp_path_factory.mktemp("eval") / "eval.jsonl", make_rows(9, seed=100, duplicates=4)))
 
 
 @pytest.fixture

@@ -101,12 +101,9 @@ def test_exact_from_random_weights(make_config: MakeConfig, tiny_model: Any) -> 
         assert_exact(run(make_config(dtype, dtype=dtype, model=source), ROWS).steps[0])
 
 
-NOT_COMPILED = pytest.mark.xfail(reason="layers that are checkpointed are not compiled", strict=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", ["none", pytest.param("full", marks=NOT_COMPILED)])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_first_step_is_exact_when_compiled(
     make_config: MakeConfig, eval_file: str, dtype: str, checkpointing: str
 ) -> None:

@@ -19,11 +19,13 @@ import pytest
 from selm_fast.config import Config
 from selm_fast.errors import RunFailed
 from selm_fast.training import checkpoint, reference_cache, storage
+from selm_fast.training.metrics import MetricsLog
 from selm_fast.training.run_train import train
 
 from .harness import (
     KILLED,
     Crash,
+    Live,
     MakeConfig,
     assert_same_run,
     disk_points,
@@ -160,6 +162,35 @@ def test_hazard_31_killed_while_old_checkpoints_are_dropped(
     assert in_child(work) == KILLED
     assert len(list((config.output_dir / "checkpoints").glob("step-*"))) == 2
     check_what_a_kill_left(config, whole[0], caplog)
+
+
+def test_hazard_31_killed_while_saving_at_a_step_that_is_not_saved_again(
+    make_config: MakeConfig, live: Live, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stop saves where it is; what a kill in that save leaves is cleared away, although no save comes there again."""
+    whole = make_config("whole", cache__dir=tmp_path / "cache-whole")
+    run(whole, ROWS)
+    config = make_config("killed", cache__dir=tmp_path / "cache-killed")
+    temporary = config.output_dir / "checkpoints" / ".tmp-step-00000001"
+
+    def stop(line: dict[str, Any]) -> None:
+        assert live.stop is not None
+        live.stop.request()
+
+    def work() -> None:
+        write = storage._write
+
+        def dies(fd: int, data: memoryview) -> int:
+            if temporary.exists():
+                os._exit(KILLED)
+            return write(fd, data)
+
+        storage._write = dies
+        train(config, rows=ROWS, on_log=stop)
+
+    assert in_child(work) == KILLED
+    assert temporary.exists()
+    check_what_a_kill_left(config, whole.output_dir, caplog)
 
 
 def test_hazard_31_everything_is_durable_before_it_gets_its_name(
@@ -302,24 +333,48 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.7, 0.85, 0.95])
+@pytest.mark.parametrize("room", ["half a cache", "half a checkpoint", "no model", "half a model", "no model card"])
 def test_hazard_32_a_disk_that_is_really_full(
-    config_of: ConfigOf, whole: tuple[Path, list[str]], small_disk: Callable[[int], Path], share: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    make_config: MakeConfig, small_disk: Callable[[int], Path], room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever writes: our own storage, the metrics, or safetensors and transformers in the export."""
-    reference, _ = whole
-    needed = 4096 * sum(1 + path.stat().st_size // 4096 for path in reference.rglob("*") if path.is_file())
-    config = config_of("run")
-    disk = small_disk(int(share * needed))
-    config = config.model_copy(update={"output_dir": disk / "run"})
+
+    def pages(folder: Path) -> int:
+        return sum(-(-path.stat().st_size // 4096) for path in folder.rglob("*") if path.is_file())
+
+    whole = make_config("whole")
+    run(whole, ROWS)
+    cache, everything, model = (pages(path) for path in (whole.cache.dir, whole.output_dir, whole.output_dir / "model"))
+    before_model = cache + everything - model
+    size = {
+        "half a cache": 2, "half a checkpoint": cache + (everything - model) // 2, "no model": before_model,
+        "half a model": before_model + model // 2, "no model card": before_model + model - 2,
+    }[room]  # fmt: skip
+    disk = small_disk(4096 * size)
+    config = make_config("full", output_dir=disk / "run", cache__dir=disk / "cache")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
     with pytest.raises(RunFailed, match="the disk is full"):
         run(config, ROWS)
-    assert not leftovers(config.output_dir)
-    if (config.output_dir / "checkpoints").exists():
-        for path in (config.output_dir / "checkpoints").glob("step-*"):
-            checkpoint.load(path)
+    assert not leftovers(disk)
+    assert not (disk / "run" / "model").exists()
+    saved = list((disk / "run" / "checkpoints").glob("step-*"))
+    assert bool(saved) == ("model" in room)
+    for path in saved:
+        checkpoint.load(path)
+
+
+def test_hazard_32_metrics_on_a_full_disk(small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(4 * 4096)
+    log = MetricsLog(disk, tensorboard=False)
+    log.write({"step": 1})
+    log.sync()
+    with pytest.raises(RunFailed, match="the disk is full: .*metrics.jsonl was not written"):
+        log.write({"step": 2, "long": "x" * 4096 * 5})
+    with pytest.raises(RunFailed, match="the disk is full"):
+        log.write({"step": 3})
+    with pytest.raises(RunFailed, match="the disk is full"):
+        log.close()
+    assert (disk / "metrics.jsonl").read_text().startswith('{"step": 1}\n')
 
 
 @pytest.mark.slow

@@ -154,6 +154,18 @@ def test_what_no_group_has_is_null(make_config: MakeConfig, method: str) -> None
     assert all(line["loss/exploration"] is not None for line in lines)
 
 
+def test_lines_can_be_read_while_the_run_goes_on(make_config: MakeConfig, eval_file: str) -> None:
+    config = make_config(data__eval=eval_file)
+    seen: list[dict[str, Any]] = []
+
+    def look(line: dict[str, Any]) -> None:
+        seen.append(line)
+        assert [strict(text) for text in (config.output_dir / "metrics.jsonl").read_text().splitlines()] == seen
+
+    train(config, rows=ROWS, on_log=look)
+    assert len(seen) == 5
+
+
 def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, tensorboard=False)
     log.write({"step": 1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": 5e-324, "f": 3})
@@ -268,7 +280,7 @@ def test_plain_lines_where_there_is_no_terminal(
     assert len(shown) >= 4
     assert all(re.fullmatch(r"reference pass: \d+/\d+ groups, \d+ s left", line) for line in shown)
     assert "reference pass: 9/9 groups, 0 s left" in shown
-    assert "evaluation: 5/5 groups, 0 s left" in lines
+    assert "evaluation: 9/9 groups, 0 s left" in lines
     for step in (1, 2, 3):
         assert [line for line in lines if re.match(rf"step {step}/3  loss \d\.\d+ ", line)]
     assert [line for line in lines if line.startswith("evaluation at step 0: loss 0.6931")]

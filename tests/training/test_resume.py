@@ -72,7 +72,7 @@ def test_stopped_in_any_forward_then_resumed(
 
     def config_of(name: str) -> Config:
         return make_config(
-            name, dtype=dtype, eval_every=2, data__eval=eval_file, cache__dir=tmp_path / f"cache-{name}", log__every=2
+            name, dtype=dtype, eval_every=1, data__eval=eval_file, cache__dir=tmp_path / f"cache-{name}", log__every=2
         )
 
     whole = config_of("whole")
