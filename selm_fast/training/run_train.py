@@ -26,8 +26,7 @@ from selm_fast.training.cache_identity import cache_identity
 from selm_fast.training.loop import Trainer
 from selm_fast.training.machine import check_disk, choose_device
 from selm_fast.training.masters import Masters, weights_digest
-from selm_fast.training.metrics import summary_writer
-from selm_fast.training.metrics import peak_memory_gib
+from selm_fast.training.metrics import peak_memory_gib, summary_writer
 from selm_fast.training.optimizer import make_optimizer
 from selm_fast.training.progress import Display
 from selm_fast.training.reference_cache import ReferenceCache, ReferenceLogps
