@@ -172,6 +172,12 @@ def plan_epoch(
     groups_per_step: G of every step but the last, which takes what is left.
     Raises ValueError for a group longer than max_tokens.
     """
+    for index, group in enumerate(groups):
+        if group.num_tokens() > max_tokens:
+            raise ValueError(
+                f"row {_row_id(group, index) + 1} takes {group.num_tokens()} tokens and a batch holds "
+                f"{max_tokens}: raise max_tokens or shorten max_length"
+            )
     order = (
         np.random.default_rng([seed, epoch]).permutation(len(groups)).tolist() if shuffle else list(range(len(groups)))
     )

@@ -17,6 +17,11 @@ from selm_fast.model import Policy
 from selm_fast.training.masters import weights_digest
 
 
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    return {module.__name__: module.__version__ for module in (selm_fast, torch, transformers)}
+
+
 def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that could change a reference log-prob, by name; what cannot (learning rate, beta) is left out."""
     device = policy.head.weight.device
@@ -36,9 +41,6 @@ def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: 
         "processor": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         if on_cpu
         else torch.cuda.get_device_name(device),
-        "versions": {
-            "selm_fast": selm_fast.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "versions": versions(),
     }

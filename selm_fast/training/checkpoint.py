@@ -85,8 +85,8 @@ def clear_after(folder: Path, found: Checkpoint | None) -> None:
 
 def load(path: Path) -> Checkpoint:
     """One checkpoint, every file checked. Raises Damaged."""
-    storage.verify_folder(path)
-    state = storage.read_json(path / STATE)
+    storage.check_names(path, "weights-", "optimizer-", STATE)  # each is read below: one that is not was renamed
+    state = storage.read_checked_json(path, STATE)
     return Checkpoint(
         path, state["step"], state, storage.read_tensors(path, "weights"), storage.read_tensors(path, "optimizer")
     )

@@ -25,13 +25,14 @@ PAPERS = {
 
 
 def save_assets(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write what an export needs beside the weights: model and generation configuration, tokenizer."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write what an export needs beside the weights, once: model and generation configuration, tokenizer."""
+    if folder.exists():
+        return
+    with storage.new_folder(folder, manifest=False) as temporary:
+        model.config.save_pretrained(temporary)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def export_run(run: Path, out: Path, dtype: str | None = None) -> None:

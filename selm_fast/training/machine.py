@@ -1,7 +1,8 @@
-"""What this machine has, and whether it is enough: device, dtype, disk."""
+"""What this machine has, and whether it is enough: device, dtype, memory, disk."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 
 from selm_fast.config import Config
 from selm_fast.errors import Refused
-from selm_fast.model import Policy
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -35,16 +35,33 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def check_disk(path: Path, policy: Policy, dtype: torch.dtype) -> None:
-    """Refuse where not even one checkpoint (fp32 masters and two moments) and the exported model fit."""
-    count = sum(parameter.numel() for parameter in policy.parameters())
+def check_room(path: Path, count: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a model of `count` weights that this machine cannot hold while it trains, or not save.
+
+    Memory: fp32 masters, gradients and two moments, and bf16 copies where compute is bf16; activations come on top.
+    Disk: one checkpoint (masters and moments) and the exported model.
+    """
+    copies = 0 if dtype == torch.float32 else dtype.itemsize
+    needed, there = count * (16 + copies), _memory(device)
+    if there < needed:
+        raise Refused(
+            f"{device.type} has {there / 2**30:.1f} GiB of memory; weights, gradients and optimiser of this model "
+            f"take {needed / 2**30:.1f} GiB: train a smaller model, or on a larger machine"
+        )
     needed = count * (12 + dtype.itemsize)
-    there = path
-    while not there.exists():
-        there = there.absolute().parent
-    free = shutil.disk_usage(there).free
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise Refused(
             f"output_dir {path} has {free / 2**30:.1f} GiB free; one checkpoint and the exported model "
             f"take {needed / 2**30:.1f} GiB: free space or choose another disk"
         )
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of memory of a device, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

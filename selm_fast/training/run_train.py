@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 
-import selm_fast
 from selm_fast.config import Config
 from selm_fast.data.dataset import Dataset, load_groups
 from selm_fast.data.packing import Plan, plan_epoch
@@ -22,9 +21,9 @@ from selm_fast.data.tokenizer import Tokenizer, load_tokenizer
 from selm_fast.errors import Refused, Stopped
 from selm_fast.model import Policy, support
 from selm_fast.training import export, reference_cache
-from selm_fast.training.cache_identity import cache_identity
+from selm_fast.training.cache_identity import cache_identity, versions
 from selm_fast.training.loop import Trainer
-from selm_fast.training.machine import check_disk, choose_device
+from selm_fast.training.machine import check_room, choose_device
 from selm_fast.training.masters import Masters, weights_digest
 from selm_fast.training.metrics import peak_memory_gib, summary_writer
 from selm_fast.training.optimizer import make_optimizer
@@ -91,7 +90,7 @@ class _Run:
         device, dtype = choose_device(config)
         if config.log.tensorboard:
             summary_writer()
-        vocab_size = _vocab_size(config)  # a missing model is told of before its tokenizer
+        vocab_size, num_weights = _measure(config)  # a missing model is told of before its tokenizer
         tokenizer = load_tokenizer(str(config.tokenizer_source))
         data, held_out = self._data(tokenizer, vocab_size, rows)
         plans, eval_plan = self._plans(data, held_out)
@@ -101,6 +100,9 @@ class _Run:
             if record["done"]:
                 self.display.say(f"{folder.path} holds this run, finished; nothing to do")
                 return _result(folder)
+            if record["versions"] != (now := versions()):
+                log.warning("this run began with %s; with %s it may not go on to the bit", record["versions"], now)
+        check_room(folder.path, num_weights, device, dtype)
 
         references = None
         if config.model.reference is not None:
@@ -111,7 +113,6 @@ class _Run:
             references = self._references(reference_policy, tokenizer, dtype, plans[0], eval_plan)
             del reference_policy
         policy = self._load(config.model.path, device)
-        check_disk(folder.path, policy, dtype)
         masters = self._prepare(policy, dtype)
         facts["weights"] = weights_digest(policy.model)
         if record is not None:
@@ -124,11 +125,7 @@ class _Run:
                 "dtype": str(dtype).removeprefix("torch."),
                 "exploration_weight": config.exploration_weight,
                 "num_groups": len(data.groups),
-                "versions": {
-                    "selm_fast": selm_fast.__version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
+                "versions": versions(),
                 "done": False,
             }
             folder.begin(record)
@@ -257,16 +254,22 @@ class _Run:
         return found
 
 
-def _vocab_size(config: Config) -> int:
-    """Rows of the model's embedding, from its configuration alone. Raises Refused where it cannot be read."""
+def _measure(config: Config) -> tuple[int, int]:
+    """Rows of the model's embedding and number of its weights, without loading them. Raises Refused."""
     source = str(config.model.path or config.model.init)
+    trust = config.model.trust_remote_code
     if config.model.path is not None:
-        support.check_source(source, trust_remote_code=config.model.trust_remote_code)
+        support.check_source(source, trust_remote_code=trust)
     try:
-        found = transformers.AutoConfig.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+        found = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        support.check_config(found.to_dict(), trust_remote_code=trust, source=source)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(found, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise Refused(f"{source} has no configuration of a transformers model: {error}") from error
-    return int(found.get_text_config().vocab_size)
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"{source} has no configuration of a causal language model of transformers: {error}") from error
+    return model.get_input_embeddings().weight.shape[0], sum(weight.numel() for weight in model.parameters())
 
 
 def _check_facts(record: dict[str, Any], facts: dict[str, Any], path: Path) -> None:

@@ -136,10 +136,19 @@ def _sync_and_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_folder(folder: Path) -> None:
-    """Check every file of a folder made by `new_folder` against its manifest. Raises Damaged."""
-    for name, sha256 in _hashes(folder).items():
-        read_checked(folder / name, sha256)
+def read_checked_json(folder: Path, name: str) -> Any:
+    """A JSON file of a folder made by `new_folder`, checked against its manifest. Raises Damaged."""
+    hashes = _hashes(folder)
+    if name not in hashes:
+        raise Damaged(f"{folder / MANIFEST}: does not name {name}")
+    return json.loads(read_checked(folder / name, hashes[name]))
+
+
+def check_names(folder: Path, *stems: str) -> None:
+    """Check that a folder's manifest names only files that begin in one of these ways. Raises Damaged."""
+    for name in _hashes(folder):
+        if not name.startswith(stems):
+            raise Damaged(f"{folder / MANIFEST}: names {name}, which does not belong there")
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -194,6 +203,6 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     """The tensors of `write_tensors`, each file checked against the folder's manifest. Raises Damaged."""
     tensors: dict[str, Tensor] = {}
     for name, sha256 in sorted(_hashes(folder).items()):
-        if name.startswith(f"{stem}-") and name.endswith(".safetensors"):
+        if name.startswith(f"{stem}-"):
             tensors |= safetensors.torch.load(read_checked(folder / name, sha256))
     return tensors

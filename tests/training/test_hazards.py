@@ -19,7 +19,7 @@ from selm_fast.cli.main import main
 from selm_fast.config import Config
 from selm_fast.errors import Refused, RunFailed, Stopped
 from selm_fast.model import Policy
-from selm_fast.training import checkpoint
+from selm_fast.training import checkpoint, machine
 from selm_fast.training.loop import Trainer
 from selm_fast.training.machine import choose_device
 from selm_fast.training.run_train import train
@@ -396,3 +396,8 @@ def test_hazard_29_a_bad_step_survives_a_stop(make_config: MakeConfig, live: Liv
             train(config, rows=ROWS, on_log=stop)
         run(config, ROWS)
     assert_same_run(whole.output_dir, config.output_dir)
+
+
+def test_hazard_26_too_little_memory_for_the_weights(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_memory", lambda _device: 1000)
+    refuse(make_config(), r"cpu has 0\.0 GiB of memory; weights, gradients and optimiser of this model take")

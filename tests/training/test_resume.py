@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from torch import Tensor
 
 from selm_fast.cli.main import main
@@ -287,3 +288,19 @@ def test_hazard_30_the_command_itself(
     whole = make_config("whole", data__train=rows, epochs=40, cache__dir=tmp_path / "cache-whole")
     train(whole)
     assert_same_run(whole.output_dir, config.output_dir)
+
+
+def test_another_version_is_told_of(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, live: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config()
+
+    def stop(_line: Any) -> None:
+        assert live.stop is not None
+        live.stop.request()
+
+    assert train_until_stopped(config, ROWS, stop)
+    assert not caplog.records
+    monkeypatch.setattr(transformers, "__version__", "99.0.0")
+    run(config, ROWS)
+    assert "'transformers': '99.0.0'} it may not go on to the bit" in caplog.text
