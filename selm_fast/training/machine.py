@@ -14,6 +14,11 @@ from selm_fast.errors import Refused
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     """The device and compute dtype a run uses. Raises Refused where the machine does not have them."""
+    processes = os.environ.get("WORLD_SIZE", "1")  # what torchrun and its like set
+    if processes != "1":
+        raise Refused(
+            f"started as one of {processes} processes (WORLD_SIZE); training runs in one: start it without torchrun"
+        )
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise Refused(

@@ -398,6 +398,11 @@ def test_hazard_29_a_bad_step_survives_a_stop(make_config: MakeConfig, live: Liv
     assert_same_run(whole.output_dir, config.output_dir)
 
 
+def test_hazard_25_more_than_one_process(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    refuse(make_config(), r"one of 4 processes \(WORLD_SIZE\); training runs in one: start it without torchrun")
+
+
 def test_hazard_26_too_little_memory_for_the_weights(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_memory", lambda _device: 1000)
     refuse(make_config(), r"cpu has 0\.0 GiB of memory; weights, gradients and optimiser of this model take")
