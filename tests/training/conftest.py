@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread: a forked child finds no lost thread pool, and small matmuls do not wait for one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def on_one_thread(one_thread: None) -> None:
+    """Every test asks for `one_thread`: a forked child finds no lost thread pool, too."""
 
 
 @pytest.fixture(autouse=True)

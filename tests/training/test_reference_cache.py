@@ -235,6 +235,10 @@ def test_digest_is_that_of_the_same_settings_only(digest_of: Callable[..., str],
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
         digests["processor"] = digest_of()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    digests["precision of matmuls"] = digest_of()
+    torch.set_float32_matmul_precision(before)
     assert len(set(digests.values())) == len(digests), digests
 
 
