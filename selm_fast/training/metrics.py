@@ -16,6 +16,8 @@ from torch import Tensor
 from selm_fast.errors import Refused
 from selm_fast.training.storage import disk_errors
 
+_STATUS = Path("/proc/self/status")  # Linux has it
+
 # Metrics that differ between two runs of the same command.
 TIMINGS = ("tokens_per_second", "groups_per_second", "memory_gib", "seconds")
 
@@ -40,6 +42,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory in GiB: allocated on a GPU, resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    # ru_maxrss begins, in a command that a larger process starts, with what that process held; VmHWM with nothing.
+    if _STATUS.exists():
+        return next(int(row.split()[1]) for row in _STATUS.read_text().splitlines() if row.startswith("VmHWM")) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

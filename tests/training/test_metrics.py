@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -345,3 +346,13 @@ def test_memory_is_in_gib(make_config: MakeConfig, tiny_model: Path) -> None:
     peak = next(int(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM"))
     assert line["memory_gib"] == pytest.approx(peak / 2**20, rel=0.2)
     assert Policy.from_pretrained(str(tiny_model)).training
+
+
+def test_memory_is_the_process_s_own() -> None:
+    """And not that of the larger process that started it."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc")
+    child = "import torch; from selm_fast.training.metrics import peak_memory_gib as f; print(f(torch.device('cpu')))"
+    parent = "import subprocess, sys; held = b'x' * (3 << 29); subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    done = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True)
+    assert 0.05 < float(done.stdout) < 1.2
