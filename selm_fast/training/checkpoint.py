@@ -106,8 +106,9 @@ def restore(checkpoint: Checkpoint, masters: Masters, optimizer: torch.optim.Opt
     for key, value in checkpoint.optimizer.items():
         name, moment = key.rsplit("/", 1)
         master = masters.masters[name]
-        # AdamW keeps its step count on the CPU.
-        optimizer.state[master][moment] = value if value.dim() == 0 and master.dim() > 0 else value.to(master.device)
+        # AdamW keeps its step count on the CPU, unless it is fused.
+        on_cpu = moment == "step" and not optimizer.defaults["fused"]
+        optimizer.state[master][moment] = value if on_cpu else value.to(master.device)
 
 
 def _optimizer_tensors(masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
