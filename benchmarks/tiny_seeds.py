@@ -2,7 +2,8 @@
 
     python benchmarks/tiny_seeds.py --seeds 5 --out benchmarks/results/tiny_seeds.json
 
-Each seed is a whole run of its own: another model, other prompts, another order. The true reward is the share of a
+Each seed is a whole run of its own: another model, other prompts, another order. The first is the recipe's, which
+`make demo` runs, and the others follow it. The true reward is the share of a
 prompt's constraints that the greedy response meets, on prompts that nothing was trained on. Spread is the standard
 deviation over seeds; the rise is taken seed by seed.
 """
@@ -54,7 +55,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     chosen, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        measurements = [measure(seed, flags, Path(folder)) for seed in range(chosen.seeds)]
+        first = load_run_config(find_recipe("tiny"), flags).seed
+        measurements = [measure(first + number, flags, Path(folder)) for number in range(chosen.seeds)]
     rises = [line["reward"][-1] - line["reward"][0] for line in measurements]
     results = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

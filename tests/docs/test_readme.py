@@ -8,6 +8,7 @@ import re
 import shlex
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selm_fast.cli.run import run_arguments
-from selm_fast.cli.settings import load_config, settings, split_recipe
+from selm_fast.cli.settings import load_config, load_run_config, settings, split_recipe
+from selm_fast.cli.shipped import find_recipe
 from selm_fast.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,30 +121,32 @@ def test_named_settings_and_links_exist(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to nothing: {target}"
 
 
-def test_precision_page_holds_what_was_measured() -> None:
-    spec = importlib.util.spec_from_file_location("grid_dither", ROOT / "benchmarks/grid_dither.py")
+def measured(benchmark: str) -> tuple[str, dict[str, Any]]:
+    """The table that a benchmark makes of its committed results, and these."""
+    spec = importlib.util.spec_from_file_location(benchmark, ROOT / f"benchmarks/{benchmark}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    results = json.loads((ROOT / "benchmarks/results/grid_dither.json").read_text("utf-8"))
-    assert module.table(results) in (ROOT / "docs/precision.md").read_text("utf-8")
+    results = json.loads((ROOT / f"benchmarks/results/{benchmark}.json").read_text("utf-8"))
+    return module.table(results), results
+
+
+def test_precision_page_holds_what_was_measured() -> None:
+    table, results = measured("grid_dither")
+    assert table in (ROOT / "docs/precision.md").read_text("utf-8")
     assert all(line["share"] >= 0.95 for line in results["measurements"] if line["dither"])
     assert all(line["share"] < 0.5 for line in results["measurements"] if not line["dither"])
 
 
 def test_readme_holds_what_the_demo_measured() -> None:
-    spec = importlib.util.spec_from_file_location("tiny_seeds", ROOT / "benchmarks/tiny_seeds.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    results = json.loads((ROOT / "benchmarks/results/tiny_seeds.json").read_text("utf-8"))
-    assert module.table(results) in README
+    table, results = measured("tiny_seeds")
+    assert table in README
     rise = results["rise"]
     assert f"by {rise['mean']:.2f} on average, with a spread of {rise['spread']:.2f} between seeds" in README
     assert f"and by {rise['least']:.2f} at least" in README
-    assert len(results["measurements"]) == 5
+    demo = load_run_config(find_recipe("tiny"), [])
+    assert [line["seed"] for line in results["measurements"]] == [demo.seed + number for number in range(5)]
     assert results["flags"] == []
     assert max(line["seconds"] for line in results["measurements"]) < 180  # as the README says of the demo
     # "Rises by more than the spread": that of the rise itself, and that of the rewards at either end.
