@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -16,8 +17,10 @@ from selm_fast.config import RunConfig
 from selm_fast.data.dataset import load_groups
 from selm_fast.data.tokenizer import load_tokenizer
 from selm_fast.errors import RunFailed
+from selm_fast.iteration.generate import Generator
 from selm_fast.iteration.job import read_manifest
 from selm_fast.iteration.paths import Paths
+from selm_fast.iteration.rollout import plan_shards
 from selm_fast.iteration.stages import do_part, finish
 from selm_fast.iteration.win_rate import length_controlled
 
@@ -157,6 +160,27 @@ def test_divergences_are_those_of_the_models_own_log_probs(finished: Finished, n
     assert set(kept) == {f"logps-{which}" for which in wanted}
     for which in wanted:
         assert kept[f"logps-{which}"] == pytest.approx(logps[which], abs=1e-4)
+
+
+def test_samples_are_drawn_at_temperature_1(finished: Finished) -> None:
+    """Drawn again, from the seed of their shard: KL is an expectation under the model itself."""
+    paths = finished("selm")
+    tokenizer, rollout = load_tokenizer(paths.tokenizer), paths.config.rollout
+    prompts = [line["prompt_ids"] for line in shards(paths.stage(1, "evaluate"), "sample")]
+    drawn = {tuple(line["prompt_ids"]): line["responses"][0] for line in shards(paths.stage(1, "evaluate"), "sample")}
+    planned = plan_shards(
+        [len(ids) for ids in prompts], stem="sample", copies=1, max_new_tokens=rollout.max_new_tokens,
+        max_tokens=rollout.max_tokens, shard_prompts=rollout.shard_prompts,
+    )  # fmt: skip
+    generator = Generator(paths.iterate(1), tokenizer, paths.config)
+    for shard in planned:
+        seed = hashlib.sha256(f"{paths.config.seed}/iter-1/evaluate/{shard.name}".encode()).digest()[:8]
+        with torch.random.fork_rng():
+            torch.manual_seed(int.from_bytes(seed, "little") >> 1)
+            for batch in shard.batches:
+                answers = generator.answer([prompts[i] for i in batch], temperature=1.0)
+                for index, (answer,) in zip(batch, answers, strict=True):
+                    assert answer.ids == drawn[tuple(prompts[index])]["ids"]
 
 
 def test_the_model_a_run_begins_with_diverges_from_nothing(finished: Finished) -> None:

@@ -193,6 +193,16 @@ def test_a_stage_that_has_lost_a_file_is_done_again_and_no_other(
     assert (root / "model/model.safetensors").samefile(root / "iter-2/train/model/model.safetensors")
 
 
+def test_a_stage_with_the_manifest_of_another_is_done_again(copy_of_whole: CopyOfWhole, whole: Paths) -> None:
+    """Somebody put another iteration's folder in its place: its files are whole, and not what was asked for."""
+    config = copy_of_whole()
+    root = Paths(config).root
+    shutil.rmtree(root / "iter-2/rollout")
+    shutil.copytree(root / "iter-1/rollout", root / "iter-2/rollout")
+    assert run_inline(config).calls == ["iter-2/rollout"]
+    assert_same_results(whole.root, root)
+
+
 def test_a_stage_whose_folder_is_removed_is_done_again(copy_of_whole: CopyOfWhole, whole: Paths) -> None:
     config = copy_of_whole()
     lost = ["iter-1/rollout", "iter-1/rank", "iter-2/cache", "iter-2/train"]
