@@ -149,9 +149,6 @@ def _report(arguments: list[str], prog: str, summary: str) -> int:
         print(parser.format_help(), end="")
         return 0
     chosen = parser.parse_args(arguments)
-    for run in chosen.runs:
-        if not (run / "run.json").is_file():
-            raise Refused(f"{run} holds no run: there is no run.json in it; give the output_dir of a run")
     from selm_fast.report.page import write_report
 
     out = chosen.out or Path(chosen.runs[0] if len(chosen.runs) == 1 else "", "report.html")

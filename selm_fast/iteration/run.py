@@ -75,7 +75,13 @@ def drive(
     statuses = look(paths, plan_stages(paths.config, sources))
     last = _last_stage(statuses, until)
     _refuse_or_remove(paths, statuses, redo)
-    record = {"config": paths.config.to_json(), "versions": versions(), "sources": files, "done": False}
+    record = {
+        "config": paths.config.to_json(),
+        "versions": versions(),
+        "sources": files,
+        "stages": [status.stage.title for status in statuses],
+        "done": False,
+    }
     paths.root.mkdir(parents=True, exist_ok=True)
     if not _same_record(paths, record) or any(status.state != "done" for status in statuses):
         storage.write_atomic(paths.record, storage.to_json(record))

@@ -35,7 +35,7 @@ class ByStep:
 TRAINING = [
     ByStep(
         "Loss",
-        "The preference term, which begins at 0.693 in each iteration, plus the exploration term.",
+        "The preference term, which is 0.693 where policy and reference are one, plus the exploration term.",
         [Metric("loss", "loss"), Metric("loss/preference", "preference term")],
     ),
     ByStep(
@@ -45,8 +45,7 @@ TRAINING = [
     ),
     ByStep(
         "Implicit rewards",
-        "Beta times the log-probability gained over the reference model, by kind of response; each iteration begins "
-        "at 0.",
+        "Beta times the log-probability gained over the reference model, by kind of response.",
         [
             Metric("rewards/chosen", "chosen"),
             Metric("rewards/rejected", "rejected"),
@@ -60,8 +59,8 @@ TRAINING = [
     ),
     ByStep(
         "Accuracies",
-        "The share of pairs whose chosen response has the higher reward: none before the first step, where all are "
-        "equal; hollow points are held-out pairs.",
+        "The share of pairs whose chosen response has the higher reward: none where policy and reference are one and "
+        "all rewards equal; hollow points are held-out pairs.",
         [Metric("rewards/accuracies", "training", held_out=True)],
         percent=True,
         level=0.5,

@@ -46,12 +46,13 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     runs: folders of `selm-fast run` or `selm-fast train`, finished or not.
     Raises Refused where a folder is no run, a file in it is damaged, or `out` cannot be written.
     """
+    found = read_runs(runs)
     out = out.expanduser()
     if out.is_dir():
         raise Refused(f"{out} is a folder: give the name of the HTML file to write, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise Refused(f"{out.parent} is no folder: make it first, or give another --out")
-    html = render(read_runs(runs))
+    html = render(found)
     try:
         storage.write_atomic(out, html.encode())
     except OSError as error:

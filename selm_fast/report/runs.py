@@ -15,6 +15,7 @@ from selm_fast.report.contents import Evaluation, Manifest, RankCounts, Response
 from selm_fast.report.numbers import listed
 
 STAGES = ("prepare", "rollout", "rank", "cache", "train", "evaluate")
+_TITLE = re.compile(rf"prepare|iter-(?P<number>0|[1-9]\d{{0,5}})/(?P<stage>{'|'.join(STAGES[1:])})")
 Line = dict[str, float | None]  # metrics of a step, by name
 
 
@@ -46,16 +47,14 @@ class Run:
     """A run's folder, read.
 
     name: of the folder, with as many folders above it as tell it from the other runs.
-    plain: a folder of `train` alone, which has no rollout and no evaluation.
-    has_model: its final model is written, which comes after all stages.
+    stages: (iteration, stage) of all that it does, in order; none where it is a folder of `train` alone.
     """
 
     name: str
     config: dict[str, Any]
     versions: dict[str, Any]
     done: bool
-    plain: bool
-    has_model: bool
+    stages: list[tuple[int, str]]
     iterations: list[Iteration]
 
     def setting(self, name: str) -> Any:
@@ -64,6 +63,11 @@ class Run:
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a folder of `train` alone, which has no rollout and no evaluation."""
+        return not self.stages
 
     @property
     def last_evaluated(self) -> Iteration | None:
@@ -76,35 +80,19 @@ class Run:
             return None
         if self.plain:
             return f"Under way, or stopped, after step {self._steps_of(1)}."
-        stages = [stage for stage in STAGES if stage != "prepare" and (self._evaluates or stage != "evaluate")]
-        number, nth = self._next(stages)
-        planned = self.setting("iterations")
-        last = planned if isinstance(planned, int) else number
-        if number > last:
-            return None if self.has_model else "Every stage is there; the model is still to be written."
-        steps = f", after step {self._steps_of(number)}" if stages[nth] == "train" and self._steps_of(number) else ""
-        rest = stages[nth + 1 :] if number else []
-        if number < last:
-            rest.append(f"iteration {last}" if number + 1 == last else f"iterations {number + 1} to {last}")
-        still = f" Still to come: {listed(rest)}." if rest else ""
-        return f"Under way, or stopped, in {stages[nth]} of iteration {number}{steps}.{still}"
-
-    @property
-    def _evaluates(self) -> bool:
-        return self.setting("data.eval") is not None or self.setting("prepare") is not None
-
-    def _next(self, stages: list[str]) -> tuple[int, int]:
-        """The iteration, and the number of the stage, that come after the last one that is done."""
-        done = [
-            (iteration.number, nth)
-            for iteration in self.iterations
-            for nth, stage in enumerate(stages)
-            if stage in iteration.manifests
-        ]
-        if not done:
-            return (0, stages.index("evaluate")) if self._evaluates else (1, 0)
-        number, nth = max(done)
-        return (number, nth + 1) if nth + 1 < len(stages) else (number + 1, 0)
+        made = {(iteration.number, stage) for iteration in self.iterations for stage in iteration.manifests}
+        left = [stage for stage in self.stages if stage not in made]
+        if not left:
+            return "Every stage is there; the model is still to be written."
+        number, now = left[0]
+        steps = f", after step {self._steps_of(number)}" if now == "train" and self._steps_of(number) else ""
+        still = [stage for which, stage in left[1:] if which == number and number > 0]
+        later = sorted({which for which, _ in left if which > number})
+        if later:
+            still.append(f"iteration {later[0]}" if len(later) == 1 else f"iterations {later[0]} to {later[-1]}")
+        rest = f" Still to come: {listed(still)}." if still else ""
+        where = now if now == "prepare" else f"{now} of iteration {number}"
+        return f"Under way, or stopped, in {where}{steps}.{rest}"
 
     def _steps_of(self, number: int) -> int:
         return next((iteration.num_steps for iteration in self.iterations if iteration.number == number), 0)
@@ -141,34 +129,38 @@ def _read_run(folder: Path, name: str) -> Run:
     config, versions = record.get("config"), record.get("versions", {})
     if not isinstance(config, dict) or not isinstance(versions, dict):
         raise Refused(f"{record_path}: its config is expected to be a mapping of settings; is it of another program?")
-    numbers = {
-        int(found[1])
-        for path in folder.iterdir()
-        if (found := re.fullmatch(r"iter-(0|[1-9]\d{0,5})", path.name)) and path.is_dir()
-    } | ({0} if (folder / "prepare" / "manifest.json").exists() else set())
-    plain = (folder / "metrics.jsonl").exists() or (not numbers and "iterations" not in config)
-    if plain:
+    stages = _stages(record.get("stages", []), record_path)
+    if stages:
+        by_number: dict[int, list[str]] = {}
+        for number, stage in stages:
+            by_number.setdefault(number, []).append(stage)
+        found = [_read_iteration(folder, number, names) for number, names in by_number.items()]
+        # One that has left nothing yet is not there.
+        iterations = [one for one in found if one.manifests or one.steps or one.held_out]
+    else:
         steps, held_out = _lines(folder)
         iterations = [Iteration(number=1, steps=steps, held_out=held_out)]
-    else:
-        iterations = [_read_iteration(folder, number) for number in sorted(numbers)]
     return Run(
         name=name,
         config=config,
         versions=versions,
         done=record.get("done") is True,
-        plain=plain,
-        has_model=(folder / "model").is_dir(),
+        stages=stages,
         iterations=iterations,
     )
 
 
-def _read_iteration(run: Path, number: int) -> Iteration:
-    folder = run / f"iter-{number}"
-    places = {stage: folder / stage for stage in STAGES if stage != "prepare"}
-    if number == 0:
-        places["prepare"] = run / "prepare"
-    manifests = {stage: found for stage in STAGES if stage in places and (found := files.read_manifest(places[stage]))}
+def _stages(titles: Any, path: Path) -> list[tuple[int, str]]:
+    """(iteration, stage) of each title of a run's record."""
+    found = [_TITLE.fullmatch(title) for title in titles] if isinstance(titles, list) else [None]
+    if not all(found):
+        raise Refused(f"{path}: its stages are expected to be titles such as iter-1/rank; is it of another program?")
+    return [(int(title["number"] or 0), title["stage"] or "prepare") for title in found if title]
+
+
+def _read_iteration(run: Path, number: int, stages: Sequence[str]) -> Iteration:
+    places = {stage: run / ("" if stage == "prepare" else f"iter-{number}") / stage for stage in stages}
+    manifests = {stage: found for stage, place in places.items() if (found := files.read_manifest(place))}
     counts: dict[str, Any] = {
         stage: files.checked(model, manifests[stage].counts, places[stage] / "manifest.json")
         for stage, model in (("rollout", RolloutCounts), ("rank", RankCounts), ("train", TrainCounts))
@@ -181,7 +173,7 @@ def _read_iteration(run: Path, number: int) -> Iteration:
         path = evaluate / "metrics.json"
         evaluated["evaluation"] = files.checked(Evaluation, files.mapping(metrics, path), path)
         evaluated["responses"] = files.parse_rows(Response, responses, evaluate / "responses.jsonl")
-    steps, held_out = _lines(places["train"])
+    steps, held_out = _lines(places["train"]) if "train" in places else ([], [])
     return Iteration(number=number, manifests=manifests, steps=steps, held_out=held_out, **counts, **evaluated)
 
 

@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
-import safetensors.torch
-from torch import Tensor
 
 from selm_fast.errors import RunFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 CHUNK = 16 * 2**20
@@ -197,21 +198,25 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as `stem-00001.safetensors`, ... of at most 1 GiB each (or one tensor)."""
+    from safetensors.torch import save  # here, for a report writes files too, and torch takes seconds to import
+
     shard: dict[str, Tensor] = {}
     size, number = 0, 1
     for name, tensor in tensors.items():
         if shard and size + tensor.nbytes > MAX_SHARD:
-            write_new(folder / f"{stem}-{number:05d}.safetensors", safetensors.torch.save(shard))
+            write_new(folder / f"{stem}-{number:05d}.safetensors", save(shard))
             shard, size, number = {}, 0, number + 1
         shard[name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
-    write_new(folder / f"{stem}-{number:05d}.safetensors", safetensors.torch.save(shard))
+    write_new(folder / f"{stem}-{number:05d}.safetensors", save(shard))
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     """The tensors of `write_tensors`, each file checked against the folder's manifest. Raises Damaged."""
+    from safetensors.torch import load
+
     tensors: dict[str, Tensor] = {}
     for name, sha256 in sorted(_hashes(folder).items()):
         if name.startswith(f"{stem}-"):
-            tensors |= safetensors.torch.load(read_checked(folder / name, sha256))
+            tensors |= load(read_checked(folder / name, sha256))
     return tensors

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from selm_fast.config import Config, RunConfig
+from selm_fast.iteration.plan import plan_stages
 
 STAGES = ("rollout", "rank", "cache", "train", "evaluate")
+SECONDS = {"prepare": 30.0, "rollout": 2900.0, "rank": 640.0, "cache": 410.0, "train": 3800.0, "evaluate": 260.0}
 VERSIONS = {"selm_fast": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
 TOPICS = (
     "sourdough bread", "the tides", "a budget for a student", "binary search", "the French Revolution", "house plants",
@@ -63,8 +65,11 @@ def write_run(
         | settings
     )
     made = _Maker(folder, random.Random(seed), steps, prompts, gain, config.exploration_weight, text)
-    write_json(folder / "run.json", {"config": config.to_json(), "versions": VERSIONS, "done": stop is None})
-    for number, stage in [(0, "evaluate"), *((n, stage) for n in range(1, iterations + 1) for stage in STAGES)]:
+    held_out = {"eval": "rows"} if config.data.eval is not None else {}
+    stages = plan_stages(config, {"model": "a model", "data": "rows"} | held_out)
+    record = {"config": config.to_json(), "versions": VERSIONS, "stages": [stage.title for stage in stages]}
+    write_json(folder / "run.json", record | {"done": stop is None})
+    for number, stage in [(stage.iteration, stage.name) for stage in stages]:
         if (number, stage) == stop:
             if stage == "train":
                 made.metrics(folder / f"iter-{number}/train", number, stop_at=steps // 2)
@@ -131,11 +136,10 @@ class _Maker:
 
     def stage(self, number: int, stage: str) -> None:
         """Write a stage's folder."""
-        folder = self.run / f"iter-{number}" / stage
+        folder = self.run / ("" if stage == "prepare" else f"iter-{number}") / stage
         folder.mkdir(parents=True)
-        counts: Numbers = getattr(self, stage)(folder, number)
-        seconds = {"rollout": 2900.0, "rank": 640.0, "cache": 410.0, "train": 3800.0, "evaluate": 260.0}[stage]
-        write_manifest(folder, stage, number, counts, round(seconds * self.rng.uniform(0.8, 1.2), 3))
+        counts: Numbers = getattr(self, stage)(folder, number) if stage != "prepare" else {}
+        write_manifest(folder, stage, number, counts, round(SECONDS[stage] * self.rng.uniform(0.8, 1.2), 3))
 
     def rollout(self, folder: Path, number: int) -> Numbers:
         cut = self.rng.randrange(200, 900)

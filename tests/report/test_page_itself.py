@@ -190,11 +190,14 @@ def test_charts_take_the_colours_of_the_page(full: tuple[Element, str]) -> None:
 
 
 def test_the_same_twice(run: Path, full: tuple[Element, str], tmp_path: Path) -> None:
-    """The same bytes, in another process with another order of sets; and reading a run does not wait for matplotlib."""
+    """The same bytes, in another process with another order of sets.
+
+    And nothing waits for torch, nor reading a run for matplotlib.
+    """
     script = (
         "import sys; from pathlib import Path; from selm_fast.report import page; "
         "runs = page.read_runs([Path(sys.argv[1])]); assert 'matplotlib' not in sys.modules; "
-        "page.write_report([Path(sys.argv[1])], Path(sys.argv[2]))"
+        "page.write_report([Path(sys.argv[1])], Path(sys.argv[2])); assert 'torch' not in sys.modules"
     )
     rc = tmp_path / "matplotlibrc"  # the reader's own taste has no say
     rc.write_text("lines.markeredgewidth: 9\nxtick.direction: in\n")

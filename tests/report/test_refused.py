@@ -50,6 +50,7 @@ def test_a_whole_run_is_taken(run: Path, tmp_path: Path) -> None:
         ("run.json", lambda text: "[" * 100_000, "not JSON"),
         ("run.json", lambda text: "[1]", "a JSON mapping is expected, and this is list"),
         ("run.json", lambda text: '{"config": 3}', "mapping of settings"),
+        ("run.json", lambda text: text.replace("iter-1/rank", "iter-1/rang"), "titles such as iter-1/rank"),
         ("iter-1/rank/manifest.json", lambda text: text[: len(text) // 2], "not JSON"),
         ("iter-1/rank/manifest.json", lambda text: text.replace('"groups": ', '"groups": -'), "groups: "),
         ("iter-1/train/manifest.json", lambda text: text.replace('"counts"', '"cunts"'), "steps: Field required"),

@@ -16,7 +16,7 @@ def run_of(*steps: list[Line], evaluations: list[Line] | None = None) -> Run:
     iterations = [
         Iteration(number=number, steps=metrics, held_out=evaluations or []) for number, metrics in enumerate(steps, 1)
     ]
-    return Run(name="run", config={}, versions={}, done=True, plain=False, has_model=True, iterations=iterations)
+    return Run(name="run", config={}, versions={}, done=True, stages=[], iterations=iterations)
 
 
 def losses(*values: float | None) -> list[Line]:

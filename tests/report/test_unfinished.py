@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,16 +31,42 @@ def test_stopped_in_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stop", "said"),
+    ("stop", "settings", "said"),
     (
-        ((0, "evaluate"), "in evaluate of iteration 0. Still to come: iterations 1 to 3."),
-        ((2, "cache"), "in cache of iteration 2. Still to come: train, evaluate and iteration 3."),
-        ((3, "evaluate"), "in evaluate of iteration 3."),
+        ((0, "evaluate"), {}, "in evaluate of iteration 0. Still to come: iterations 1 to 3."),
+        ((2, "cache"), {}, "in cache of iteration 2. Still to come: train, evaluate and iteration 3."),
+        ((3, "evaluate"), {}, "in evaluate of iteration 3."),
+        (
+            (0, "prepare"),
+            {"prepare": "python:a:b", "model": {}, "data": {}},
+            "in prepare. Still to come: iterations 1 to 3.",
+        ),
+        (
+            (1, "rank"),
+            {"iteration": {1: {"method": "dpo", "rollout": {"responses": 0}}}},
+            "in rank of iteration 1. Still to come: cache, train, evaluate and iterations 2 to 3.",
+        ),
+        (
+            (2, "train"),
+            {"data": {"train": "rows.jsonl"}},
+            "in train of iteration 2, after step 1. Still to come: iteration 3.",
+        ),
     ),
 )
-def test_says_what_is_missing(tmp_path: Path, stop: tuple[int, str], said: str) -> None:
-    (run,) = read_runs([write_run(tmp_path / "run", steps=2, prompts=2, stop=stop)])
+def test_says_what_is_missing(tmp_path: Path, stop: tuple[int, str], settings: dict[str, Any], said: str) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run", steps=2, prompts=2, stop=stop, **settings)])
     assert run.missing() == f"Under way, or stopped, {said}"
+
+
+def test_what_is_no_part_of_the_run_any_more_is_not_shown(tmp_path: Path) -> None:
+    """As after fewer iterations were asked for: the folders of the others stay, and may be taken up again."""
+    whole = write_run(tmp_path / "run", steps=2, prompts=2)
+    record = read(whole / "run.json")
+    record["stages"] = [title for title in record["stages"] if not title.startswith("iter-3/")]
+    (whole / "run.json").write_text(json.dumps(record), "utf-8")
+    (run,) = read_runs([whole])
+    assert [one.number for one in run.iterations] == [0, 1, 2]
+    assert report(whole)[0].words.count("In 2 iterations the mean reward") == 1
 
 
 def test_all_but_the_model(tmp_path: Path) -> None:
@@ -47,8 +74,6 @@ def test_all_but_the_model(tmp_path: Path) -> None:
     record = read(run / "run.json")
     (run / "run.json").write_text(json.dumps(record | {"done": False}), "utf-8")
     assert read_runs([run])[0].missing() == "Every stage is there; the model is still to be written."
-    (run / "model").mkdir()  # the run notes that it is done after the report is written
-    assert read_runs([run])[0].missing() is None
 
 
 def test_an_evaluation_under_way_is_not_shown(tmp_path: Path) -> None:
