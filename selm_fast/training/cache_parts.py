@@ -26,6 +26,14 @@ def part_folder(folder: Path, index: int) -> Path:
     return folder.expanduser() / "parts" / str(index)
 
 
+def only_part(cache: ReferenceCache) -> None:
+    """Remove what an earlier attempt with another model, machine or settings left beside this part of a cache."""
+    if cache.folder.exists():
+        for path in cache.folder.iterdir():
+            if path != cache.path:
+                shutil.rmtree(path)
+
+
 def drop_parts(folder: Path) -> None:
     """Remove the parts of an attempt with several processes, where one process has done it all."""
     shutil.rmtree(part_folder(folder, 0).parent, ignore_errors=True)
@@ -49,7 +57,8 @@ def join_parts(folder: Path, plans: list[Plan], count: int) -> None:
         raise storage.Damaged(f"{folder}: not every part was made, or not with the same model and settings")
     whole = ReferenceCache(folder, caches[0].identity)
     whole.path.mkdir(parents=True, exist_ok=True)
-    for plan in plans:
+    # One that is there already, by an attempt with one process, is in no part.
+    for plan in [plan for plan in plans if whole.find(plan) is None]:
         shards = []
         for index, cache in enumerate(caches):
             for shard in cache.shards(part_of(plan, index, count)):

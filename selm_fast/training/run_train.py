@@ -22,7 +22,7 @@ from selm_fast.errors import Refused, Stopped
 from selm_fast.model import Policy, support
 from selm_fast.training import export, reference_cache
 from selm_fast.training.cache_identity import cache_identity, versions
-from selm_fast.training.cache_parts import drop_parts, join_parts, part_folder, part_of
+from selm_fast.training.cache_parts import drop_parts, join_parts, only_part, part_folder, part_of
 from selm_fast.training.final import is_run, load_masters
 from selm_fast.training.loop import Trainer
 from selm_fast.training.machine import check_room, choose_device
@@ -89,7 +89,10 @@ class Run:
         policy = self._load(self.config.model.reference or self.config.model.path, device)
         self._prepare(policy, dtype)
         cache = self._cache(policy, tokenizer, dtype)
-        part = ReferenceCache(part_folder(self.config.cache.dir, index), cache.identity) if count > 1 else cache
+        part = cache
+        if count > 1:
+            part = ReferenceCache(part_folder(self.config.cache.dir, index), cache.identity)
+            only_part(part)
         for plan in self._reference_plans(data, held_out):
             if cache.find(plan) is not None:
                 continue

@@ -201,6 +201,30 @@ def test_parts_of_another_number_of_processes_are_refused(settings: MakeConfig) 
     assert_same_values(whole, config)
 
 
+def test_more_processes_go_on_where_one_had_done_the_training_rows(
+    settings: MakeConfig, reference_forwards: Keys
+) -> None:
+    whole, config = settings("whole"), settings("parts")
+    run_of(whole).fill_cache()
+    packs = len(reference_forwards)
+    reference_forwards.clear()
+    run_of(settings("parts", data__eval=None)).fill_cache()  # the pass over the held-out rows was not begun
+    fill(config, 2)
+    assert len(reference_forwards) == packs
+    run_of(config).join_cache(2)
+    assert_same_values(whole, config)
+
+
+def test_parts_of_an_attempt_with_another_model_are_made_again(settings: MakeConfig, other_model: Path) -> None:
+    """Or with another torch, or on another machine: whatever is in the identity."""
+    whole, config = settings("whole"), settings("parts")
+    run_of(whole).fill_cache()
+    run_of(settings("parts", model__path=str(other_model))).fill_cache(1, 2)
+    fill(config, 2)
+    run_of(config).join_cache(2)
+    assert_same_values(whole, config)
+
+
 def test_a_shard_that_was_damaged_is_not_used(
     settings: MakeConfig, reference_forwards: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
