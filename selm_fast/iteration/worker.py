@@ -18,7 +18,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -37,9 +36,10 @@ def main() -> None:
     signal.set_wakeup_fd(wake)
     import selm_fast.iteration.stages  # noqa: F401  what every stage imports
 
-    _emit(events, {"event": "ready", "gpus": _gpus()})
+    gpus = _gpus()
+    _emit(events, {"event": "ready", "gpus": gpus})
     while request := sys.stdin.readline():
-        _serve(json.loads(request), events, woken)
+        _serve(json.loads(request) | {"gpus": gpus}, events, woken)
 
 
 def _serve(request: dict[str, Any], events: int, woken: int) -> None:
@@ -86,7 +86,7 @@ def _child(request: dict[str, Any], index: int, events: int, worker: int) -> NoR
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         if request["count"] > 1:
-            _take_gpu(index)
+            _take_gpu(index, request["gpus"])
         code = _work(request, index, events)
     except BaseException:
         traceback.print_exc()
@@ -109,12 +109,11 @@ def _work(request: dict[str, Any], index: int, events: int) -> int:
     config = RunConfig.model_validate(request["config"])
     given = request["stage"]
     stage = Stage(given["stage"], given["iteration"], given["settings"], given["inputs"])
-    here = config.at(stage.iteration) if stage.iteration > 0 and stage.name != "evaluate" else config
     try:
         with StopFlag() as stop:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
             display = relay(events, index)
-            job = Job(Paths(config), stage, here, display, stop, index, request["of"])
+            job = Job(Paths(config), stage, stage.settings_of(config), display, stop, index, request["of"])
             if request["seconds"] is None:
                 do_part(job)
             else:
@@ -161,17 +160,23 @@ def _emit(events: int, event: dict[str, Any]) -> None:
 
 
 def _gpus() -> int:
-    import torch
+    """How many GPUs there are; counted in a fork, for where NVML cannot tell, counting makes CUDA unusable in forks."""
+    pid = os.fork()
+    if pid == 0:
+        count = 0
+        try:
+            import torch
 
-    return torch.cuda.device_count()
+            count = torch.cuda.device_count()
+        finally:
+            os._exit(count)
+    return max(0, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
-def _take_gpu(index: int) -> None:
-    """Leave this process one GPU of those that are there, before anything here has looked at them."""
-    there = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    if not there:
-        names = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
-        there = sorted(names, key=int)
+def _take_gpu(index: int, gpus: int) -> None:
+    """Leave this process one of the GPUs, as CUDA numbers them here, before anything here has looked at them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = [str(number) for number in range(gpus)] if visible is None else visible.split(",")[:gpus]
     if there:
         os.environ["CUDA_VISIBLE_DEVICES"] = there[index % len(there)]
 
