@@ -29,6 +29,7 @@ def test_the_defaults_are_selm_as_in_the_paper() -> None:
         ({"model": {"reference": "a"}}, "model.reference is for train; in a run, reference is previous or base"),
         ({"model": {"init": "c.json", "tokenizer": "t"}}, "model.init gives random weights"),
         ({"prepare": "python:a:b", "model": {"path": "m"}}, "prepare makes the model and the rows; drop model.path"),
+        ({"prepare": "python:a:b", "model": {"tokenizer": "t"}}, "prepare makes the model and the rows"),
         ({"prepare": "python:a:b", "data": {"train": "r"}}, "prepare makes the model and the rows"),
         ({"prepare": "python:a:b", "data": {"eval": "r"}}, "prepare makes the model and the rows"),
         ({"prepare": "a:b"}, "prepare is 'a:b'; expected python:MODULE:FUNCTION"),
@@ -85,7 +86,7 @@ def test_rules_over_several_settings(settings: dict[str, Any], message: str) -> 
             "rollout": SAMPLED | {"explored": "base"},
             "rank": {"offline_pair": False},
         },
-        {"prepare": "python:selm_fast.tiny.prepare:make", "ranker": "python:a:b", "model": {"tokenizer": "t"}},
+        {"prepare": "python:selm_fast.tiny.prepare:make", "ranker": "python:a:b"},
         {"iterations": 5, "portions": 2},
     ],
 )
@@ -175,3 +176,12 @@ def test_settings_come_back_from_json(config: Config) -> None:
     assert again == config and again.exploration_weight == config.exploration_weight
     if isinstance(config, RunConfig) and isinstance(again, RunConfig):
         assert [again.at(number) for number in (1, 2, 3)] == [config.at(number) for number in (1, 2, 3)]
+
+
+def test_a_home_folder_is_spelt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell does it in a recipe."""
+    monkeypatch.setenv("HOME", "/home/me")
+    found = RunConfig.model_validate({"model": {"path": "~/m", "tokenizer": "~/t"}}).model
+    assert (found.path, found.tokenizer, found.assets) == ("/home/me/m", "/home/me/t", "/home/me/m")
+    other = Config.model_validate({"model": {"init": "~/c.json", "tokenizer": "a/b", "reference": "~/r"}}).model
+    assert (other.init, other.tokenizer, other.reference) == (Path("/home/me/c.json"), "a/b", "/home/me/r")

@@ -8,6 +8,7 @@ from selm_fast.config.run import EvaluationConfig as EvaluationConfig
 from selm_fast.config.run import RankConfig as RankConfig
 from selm_fast.config.run import RolloutConfig as RolloutConfig
 from selm_fast.config.run import RunConfig as RunConfig
+from selm_fast.config.run import parse_function as parse_function
 from selm_fast.config.training import BatchConfig as BatchConfig
 from selm_fast.config.training import CacheConfig as CacheConfig
 from selm_fast.config.training import CheckpointConfig as CheckpointConfig

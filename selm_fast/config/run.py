@@ -75,11 +75,14 @@ class RunConfig(Config):
             raise ValueError("model.reference is for train; in a run, reference is previous or base")
         if self.model.init is not None:
             raise ValueError("model.init gives random weights, which have no answers worth ranking; give model.path")
-        if self.prepare is not None and (self.model.path or self.data.train or self.data.eval):
-            raise ValueError("prepare makes the model and the rows; drop model.path, data.train and data.eval")
+        given = (self.model.path, self.model.tokenizer, self.data.train, self.data.eval)
+        if self.prepare is not None and any(given):
+            raise ValueError(
+                "prepare makes the model and the rows; drop model.path, model.tokenizer, data.train and data.eval"
+            )
         for name, function in (("ranker", self.ranker), ("prepare", self.prepare)):
-            if function is not None and not re.fullmatch(r"python:[\w.]+:\w+", function):
-                raise ValueError(f"{name} is {function!r}; expected python:MODULE:FUNCTION")
+            if function is not None:
+                parse_function(name, function)
         return self
 
     @model_validator(mode="after")
@@ -96,8 +99,7 @@ class RunConfig(Config):
                 f"method {self.method} explores the policy's own response and rollout.responses is 0; ask for 1, "
                 "or use method dpo"
             )
-        extra = wants_explored and rollout.explored == "base"
-        candidates = rollout.responses + extra + 2 * self.rank.offline_pair
+        candidates = rollout.responses + self.samples_base + 2 * self.rank.offline_pair
         if candidates < 2:
             raise ValueError(
                 f"{candidates} of two candidates a prompt; raise rollout.responses or set rank.offline_pair to true"
@@ -128,6 +130,16 @@ class RunConfig(Config):
             raise ValidationError.from_exception_data(type(self).__name__, problems)
         return self
 
+    @property
+    def samples_base(self) -> bool:
+        """Whether the base model answers too: its sample is the explored response."""
+        return self.exploration_weight != 0 and self.rollout.explored == "base"
+
+    @property
+    def generates(self) -> bool:
+        """Whether there are responses to rank, and not the rows' own pairs alone."""
+        return self.rollout.responses > 0 or self.samples_base
+
     def at(self, number: int) -> RunConfig:
         """The settings of one iteration, counted from 1: these, with its own in their place."""
         changes = self.iteration.get(number, {})
@@ -148,6 +160,14 @@ def _inside(error: ValidationError, *outer: str | int) -> list[InitErrorDetails]
         {"type": e["type"], "loc": (*outer, *e["loc"]), "input": e["input"], "ctx": e.get("ctx", {})}
         for e in error.errors()
     ]
+
+
+def parse_function(name: str, value: str) -> tuple[str, str]:
+    """Module and function of a setting that names one. Raises ValueError."""
+    match = re.fullmatch(r"python:([\w.]+):(\w+)", value)
+    if match is None:
+        raise ValueError(f"{name} is {value!r}; expected python:MODULE:FUNCTION")
+    return match[1], match[2]
 
 
 # What may differ between the iterations of a run: how it answers, ranks and learns, not on what or from what.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -37,6 +38,12 @@ class ModelConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile each decoder layer")
 
+    @field_validator("path", "init", "tokenizer", "reference")
+    @classmethod
+    def _home(cls, source: str | Path | None) -> str | Path | None:
+        """`~/model` in a recipe is a folder, which no shell has spelt out."""
+        return source if source is None else type(source)(os.path.expanduser(source))
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.path is not None and self.init is not None:
@@ -48,7 +55,7 @@ class ModelConfig(Section):
     @property
     def assets(self) -> str | None:
         """Where the configuration and tokenizer of `path` are: itself, or `assets` of the run that it is."""
-        if self.path is None or not (folder := Path(self.path).expanduser() / "assets").is_dir():
+        if self.path is None or not (folder := Path(self.path) / "assets").is_dir():
             return self.path
         return str(folder)
 

@@ -53,8 +53,7 @@ class Estimate:
         """The cost of one stage, by its name."""
         if self.num_prompts == 0 and stage.name != "prepare":
             return Cost("known once prepare is done", None, None, None)
-        at = self.config.at(stage.iteration) if stage.iteration else self.config
-        found: Cost = getattr(self, f"_{stage.name}")(stage, at)
+        found: Cost = getattr(self, f"_{stage.name}")(stage, stage.settings_of(self.config))
         return found
 
     def portion(self, number: int) -> int:
@@ -72,8 +71,7 @@ class Estimate:
         return min(self.lengths.response or at.rollout.max_new_tokens / 2, at.rollout.max_new_tokens)
 
     def _candidates(self, at: RunConfig) -> int:
-        base = at.exploration_weight != 0 and at.rollout.explored == "base"
-        return at.rollout.responses + base + 2 * at.rank.offline_pair
+        return at.rollout.responses + at.samples_base + 2 * at.rank.offline_pair
 
     def _group_tokens(self, at: RunConfig) -> float:
         """Tokens of one packed group: the prompt once, chosen, rejected, and an explored response that is neither."""
@@ -85,8 +83,7 @@ class Estimate:
 
     def _rollout(self, stage: Stage, at: RunConfig) -> Cost:
         prompts = self.portion(stage.iteration)
-        base = at.exploration_weight != 0 and at.rollout.explored == "base"
-        copies = at.rollout.responses + base
+        copies = at.rollout.responses + at.samples_base
         how = "greedy" if at.rollout.temperature == 0 else f"temperature {at.rollout.temperature:g}"
         what = f"{prompts:,} prompts, {copies} response{'s' * (copies != 1)} each, {how}, "
         what += f"at most {at.rollout.max_new_tokens:,} tokens"
@@ -95,10 +92,11 @@ class Estimate:
 
     def _rank(self, stage: Stage, at: RunConfig) -> Cost:
         prompts, candidates = self.portion(stage.iteration), self._candidates(at)
-        ranks = at.rollout.responses or (at.exploration_weight != 0 and at.rollout.explored == "base")
-        what = f"{candidates} candidates for each of {prompts:,} prompts" if ranks else f"{prompts:,} offline pairs"
+        what = (
+            f"{candidates} candidates for each of {prompts:,} prompts" if at.generates else f"{prompts:,} offline pairs"
+        )
         size = prompts * (self._prompt + 3 * self._response(at)) * _JSON_BYTES_A_TOKEN
-        return Cost(what, size, 2 * size, None if ranks else 0.0)
+        return Cost(what, size, 2 * size, None if at.generates else 0.0)
 
     def _cache(self, stage: Stage, at: RunConfig) -> Cost:
         groups = self.portion(stage.iteration)

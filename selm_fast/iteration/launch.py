@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 
 from selm_fast.config import RunConfig
 from selm_fast.errors import Refused, RunFailed, Stopped
+from selm_fast.iteration.exit_codes import ending
 from selm_fast.iteration.paths import Paths
 from selm_fast.iteration.plan import PARALLEL, Stage
 from selm_fast.training.progress import Display, Phase
@@ -167,7 +168,7 @@ class Processes:
             if not data:
                 code = self._worker.wait()
                 raise RunFailed(
-                    f"the process that starts the stages ended{_how(code)}; see above for its last words, and run the "
+                    f"the process that starts the stages {ending(code)}; see above for its last words, and run the "
                     "same command to go on"
                 )
             self._buffer += data
@@ -197,7 +198,7 @@ def _raise(stage: Stage, codes: list[int], reasons: dict[int, str], log: Path) -
     failed = [index for index, code in enumerate(codes) if code not in (0, Stopped.exit_code)]
     if failed:
         index = failed[0]
-        reason = reasons.get(index) or f"its process ended{_how(codes[index])}"
+        reason = reasons.get(index) or f"its process {ending(codes[index])}"
         if codes[index] == Refused.exit_code:
             raise Refused(f"{stage.title}: {reason} (log: {log})")
         tail = "" if index in reasons else "\n" + _tail(log)
@@ -205,14 +206,6 @@ def _raise(stage: Stage, codes: list[int], reasons: dict[int, str], log: Path) -
     stopped = [index for index, code in enumerate(codes) if code == Stopped.exit_code]
     if stopped:
         raise Stopped(reasons.get(stopped[0], f"stopped in {stage.title}"))
-
-
-def _how(code: int) -> str:
-    if code >= 0:
-        return f" with exit code {code}"
-    name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
-    hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-    return f" by {name}{hint}"
 
 
 def _tail(log: Path) -> str:

@@ -77,7 +77,7 @@ class Paths:
         """What generates: the exported model of an iteration; 0 is the model the run begins with."""
         if number > 0:
             return str(self.stage(number, "train") / "model")
-        exported = Path(self.start).expanduser() / "model"  # of a run that this one goes on from
+        exported = Path(self.start) / "model"  # of a run that this one goes on from
         return str(exported) if (exported / "config.json").is_file() else self.start
 
     def masters(self, number: int) -> str:

@@ -14,7 +14,7 @@ from selm_fast.config import RunConfig
 STAGES: Final = ("rollout", "rank", "cache", "train", "evaluate")
 PARALLEL: Final = ("rollout", "rank", "cache")  # run in one process for each GPU
 # What a stage's result depends on; whatever is not here (limits, log intervals, processes) may change at any time.
-_DATA = ("data.max_length", "data.max_prompt_length", "model.tokenizer", "model.trust_remote_code")
+_DATA = ("data.max_length", "data.max_prompt_length", "model.trust_remote_code")
 _COMPUTE = ("seed", "device", "dtype", *_DATA)
 _GENERATION = ("rollout.engine", "rollout.max_new_tokens", "rollout.max_tokens", "rollout.shard_prompts")
 _SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -52,6 +52,10 @@ class Stage:
         content = [self.name, self.iteration, self.settings, self.inputs]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def settings_of(self, config: RunConfig) -> RunConfig:
+        """The settings that the stage runs with: those of its iteration; of the whole run where iterates compare."""
+        return config.at(self.iteration) if self.name not in ("prepare", "evaluate") else config
+
     @property
     def title(self) -> str:
         """`iter-2/train`, as its folder is called."""
@@ -71,8 +75,8 @@ class Stage:
 def plan_stages(config: RunConfig, sources: Mapping[str, str]) -> list[Stage]:
     """Every stage of a run, in order.
 
-    sources: identities of what the run begins with: `model`, `data` and, where there are held-out prompts, `eval`;
-    not needed where `prepare` makes them.
+    sources: identities of what the run begins with: `model`, `data`, `eval` where there are held-out prompts, and
+    `tokenizer` where it is not the model's; not needed where `prepare` makes them.
     """
     return list(_stages(config, sources))
 
@@ -83,17 +87,18 @@ def _stages(config: RunConfig, sources: Mapping[str, str]) -> Iterator[Stage]:
         yield prepare
         sources = dict.fromkeys(("model", "data", "eval"), prepare.key)
     models = [sources["model"]]
+    # Read by every stage, where it is not the model's own.
+    tokenizer = {"tokenizer": sources["tokenizer"]} if "tokenizer" in sources else {}
     evaluations: list[Stage] = []
     if "eval" in sources:
         start = {name: sources[name] for name in ("model", "eval")}
-        evaluations.append(Stage("evaluate", 0, _settings("evaluate", config), start))
+        evaluations.append(Stage("evaluate", 0, _settings("evaluate", config), start | tokenizer))
         yield evaluations[0]
     for number in range(1, config.iterations + 1):
         at = config.at(number)
-        base = at.exploration_weight != 0 and at.rollout.explored == "base"
-        data = {"data": sources["data"]}
-        if at.rollout.responses or base:
-            models_read = {"model": models[-1]} | ({"base": models[0]} if base else {})
+        data = {"data": sources["data"]} | tokenizer
+        if at.generates:
+            models_read = {"model": models[-1]} | ({"base": models[0]} if at.samples_base else {})
             rollout = Stage("rollout", number, _settings("rollout", at), data | models_read)
             yield rollout
             data |= {"rollout": rollout.key}
@@ -102,16 +107,15 @@ def _stages(config: RunConfig, sources: Mapping[str, str]) -> Iterator[Stage]:
         rank = Stage("rank", number, _settings("rank", at) | explores, data | held_out)
         yield rank
         reference = models[0] if config.reference == "base" else models[-1]
-        cache = Stage("cache", number, _settings("cache", at), {"rank": rank.key, "reference": reference})
+        ranked = {"rank": rank.key, "reference": reference} | tokenizer
+        cache = Stage("cache", number, _settings("cache", at), ranked)
         yield cache
-        train = Stage(
-            "train", number, _settings("train", at), {"rank": rank.key, "model": models[-1], "reference": reference}
-        )
+        train = Stage("train", number, _settings("train", at), ranked | {"model": models[-1]})
         yield train
         models.append(train.key)
         if evaluations:
             before = {"base": evaluations[0].key} | ({"first": evaluations[1].key} if number > 1 else {})
-            inputs = {"model": train.key, "eval": sources["eval"], "reference": reference} | before
+            inputs = {"model": train.key, "eval": sources["eval"], "reference": reference} | before | tokenizer
             evaluations.append(Stage("evaluate", number, _settings("evaluate", config), inputs))
             yield evaluations[-1]
 

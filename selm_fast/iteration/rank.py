@@ -37,13 +37,15 @@ _Lines = Mapping[int, Mapping[str, Any]]
 class Question:
     """A prompt with its candidates.
 
-    given: scores the rows bring along, where nothing is to be ranked.
+    given: where nothing is to be ranked, the scores that the rows bring along, or 1 and 0 by their order alone.
+    min_margin: least difference of score; that of order alone has no size.
     """
 
     prompt: Prompt
     candidates: list[Candidate]
     explored_ids: list[int] | None
     given: tuple[float, float] | None = None
+    min_margin: float = 0.0
 
 
 def rank(job: Job) -> None:
@@ -59,11 +61,7 @@ def rank(job: Job) -> None:
     with opened as scorer, job.display.phase("ranking", total, "prompts") as phase:
         for name in missing:
             counts, lines = _rank_chunk(job, chunks[name], scorer, phase.advance)
-            if name == f"{ROWS}-00000":
-                for reason, count in skipped.items():
-                    counts.skipped[reason] = counts.skipped.get(reason, 0) + count
-                    counts.prompts += count
-            head = {"counts": asdict(counts), "chunks": list(chunks)}
+            head = {"counts": asdict(counts), "chunks": list(chunks), "unusable": dict(skipped)}
             storage.write_atomic(job.scratch / name, (json.dumps(head) + "\n" + "".join(lines)).encode())
 
 
@@ -71,8 +69,8 @@ def finish_rank(job: Job) -> dict[str, Any]:
     """Put the chunks together. Raises RunFailed where too many prompts gave no pair."""
     results = {ROWS: RankCounts(), HELD_OUT: RankCounts()}
     texts: dict[str, list[bytes]] = {ROWS: [], HELD_OUT: []}
-    first, _, _ = (job.scratch / f"{ROWS}-00000").read_bytes().partition(b"\n")
-    for name in json.loads(first)["chunks"]:
+    first = json.loads((job.scratch / f"{ROWS}-00000").read_bytes().partition(b"\n")[0])
+    for name in first["chunks"]:
         kind = name.rpartition("-")[0]
         head, _, text = (job.scratch / name).read_bytes().partition(b"\n")
         results[kind].merge(RankCounts(**json.loads(head)["counts"]))
@@ -83,6 +81,8 @@ def finish_rank(job: Job) -> dict[str, Any]:
     except RunFailed:
         shutil.rmtree(job.scratch)  # the ranker may be another one when the same command is given again
         raise
+    # Rows that never were prompts count, but are no fault of the ranker's; data.max_skipped has let them pass.
+    counts.merge(RankCounts(prompts=sum(first["unusable"].values()), skipped=first["unusable"]))
     _tell(job, counts)
     storage.write_atomic(job.folder / f"{ROWS}.jsonl", b"".join(texts[ROWS]))
     if results[HELD_OUT].groups:  # without any, training has nothing to evaluate on
@@ -138,14 +138,15 @@ def _questions(job: Job, prompts: Sequence[Prompt]) -> Iterator[Question]:
     explores = config.exploration_weight != 0
     folder = job.paths.stage(job.stage.iteration, "rollout")
     policy = finished_lines(folder, POLICY) if config.rollout.responses else {}
-    base = finished_lines(folder, BASE) if explores and config.rollout.explored == "base" else {}
+    base = finished_lines(folder, BASE) if config.samples_base else {}
     for prompt in prompts:
         own = _responses(policy, prompt.row, response_name)
         of_base = _responses(base, prompt.row, lambda _: BASE_RESPONSE)
         offline = _offline(prompt) if config.rank.offline_pair else []
-        wanted = (of_base if config.rollout.explored == "base" else own) if explores else []
+        wanted = of_base if config.samples_base else own if explores else []
         given = None if policy or base else prompt.scores or (1.0, 0.0)
-        yield Question(prompt, own + of_base + offline, wanted[0].ids if wanted else None, given)
+        margin = 0.0 if given is not None and prompt.scores is None else config.rank.min_margin
+        yield Question(prompt, own + of_base + offline, wanted[0].ids if wanted else None, given, margin)
 
 
 def _held_out(job: Job, tokenizer: Tokenizer) -> Iterator[Question]:
@@ -157,7 +158,7 @@ def _held_out(job: Job, tokenizer: Tokenizer) -> Iterator[Question]:
         if prompt.offline is None or not (responses := _responses(greedy, prompt.row, response_name)):
             continue
         explored = responses[0].ids if job.config.exploration_weight != 0 else None
-        yield Question(prompt, responses + _offline(prompt), explored)
+        yield Question(prompt, responses + _offline(prompt), explored, min_margin=job.config.rank.min_margin)
 
 
 def _responses(lines: _Lines, row: int, name: Callable[[int], str]) -> list[Candidate]:
@@ -187,7 +188,7 @@ def _rank_chunk(
         else:
             scores = question.given or next(ranked)
         values = list(scores)
-        choice = choose(question.candidates, values, job.config.rank.min_margin)
+        choice = choose(question.candidates, values, question.min_margin)
         counts.add(question.candidates, values, choice, question.explored_ids)
         if not isinstance(choice, str):
             prompt = question.prompt

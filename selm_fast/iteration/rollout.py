@@ -212,7 +212,7 @@ def _passes(job: Job) -> dict[str, tuple[str, Sampling]]:
     config = job.config
     sampling = Sampling(config.rollout.responses, config.rollout.temperature, config.rollout.top_p)
     passes = {POLICY: (job.paths.iterate(job.stage.iteration - 1), sampling)} if sampling.copies else {}
-    if config.exploration_weight != 0 and config.rollout.explored == "base":
+    if config.samples_base:
         passes[BASE] = (job.paths.iterate(0), Sampling(1, config.rollout.temperature, config.rollout.top_p))
     return passes
 

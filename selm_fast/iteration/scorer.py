@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,10 +22,12 @@ from typing import Final, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from selm_fast.config import parse_function
 from selm_fast.errors import Refused, RunFailed
+from selm_fast.iteration.exit_codes import ending
 from selm_fast.iteration.scorer_worker import GRACE_S, Json, send
 
-START_LIMIT_S: Final = 600.0  # of importing the function's module, which may load a model
+START_LIMIT_S: Final = 600.0  # of importing the function's module, at least: it may load a model
 DUMP_S: Final = 1.0  # waited past a call's limit, at which the worker writes where it hangs and ends itself
 POLL_S: Final = 3600.0  # poll(2) counts milliseconds in 31 bits
 SHOWN_PROMPTS: Final = 3
@@ -148,10 +149,10 @@ def check_function(spec: str, *, timeout_s: float = START_LIMIT_S) -> None:
 
 
 def _parse(spec: str) -> tuple[str, str]:
-    match = re.fullmatch(r"python:([\w.]+):(\w+)", spec)
-    if match is None:
-        raise Refused(f"ranker is {spec!r}; expected python:MODULE:FUNCTION")
-    return match[1], match[2]
+    try:
+        return parse_function("ranker", spec)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _start(spec: str, module: str, function: str, limit_s: float) -> _Worker:
@@ -220,7 +221,7 @@ class _Worker:
             code = self._end(grace_s=GRACE_S)
             if late:  # it has ended itself, by the same limit
                 raise TimeoutError from error
-            raise _Ended(_how(code)) from error
+            raise _Ended(ending(code)) from error
         return reply
 
     def close(self) -> None:
@@ -254,11 +255,3 @@ class _Worker:
             time.sleep(0.005)
         os.killpg(pid, signal.SIGKILL)
         return self._process.wait()
-
-
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
-    hint = " (the kernel does that where memory runs out)" if code == -signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"

@@ -12,9 +12,11 @@ from selm_fast.data.sources import read_rows
 from selm_fast.errors import Refused
 from selm_fast.iteration.paths import Paths
 
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")
+
 
 def identities(paths: Paths, known: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Identity of the model, the rows and the held-out rows that a run begins with, and the files they were read from.
+    """Identity of the model, the rows, the held-out rows and the tokenizer that a run is given, and of their files.
 
     known: the files of an earlier call: what has the same size and time since is not read again.
     """
@@ -23,15 +25,17 @@ def identities(paths: Paths, known: dict[str, Any]) -> tuple[dict[str, str], dic
     found: dict[str, str] = {}
     files: dict[str, Any] = {}
     sources = {"model": paths.start, "data": paths.train_rows, "eval": paths.eval_rows}
+    sources["tokenizer"] = paths.config.model.tokenizer  # unless it is the model's own
     for name, source in sources.items():
         if source is None:
             continue
-        stamps = _stamps(Path(source).expanduser())
+        root = _local(source)
+        stamps = _stamps(root, _MODEL_FILES if name in ("model", "tokenizer") else None) if root else []
         before = known.get(name)
         if before is not None and stamps and before["stamps"] == stamps:  # the name of a hub has no stamps
             files[name] = before
         else:
-            files[name] = {"stamps": stamps, "identity": _identity(source, stamps)}
+            files[name] = {"stamps": stamps, "identity": _identity(source, root, stamps)}
         found[name] = files[name]["identity"]
     return found, files
 
@@ -47,7 +51,7 @@ def check_run(config: RunConfig, *, ranks: bool = True) -> None:
             raise Refused("data.train is not set: give the prompts, --data.train prompts.jsonl")
         for source in filter(None, (config.data.train, config.data.eval)):
             next(read_rows(source), None)  # refused where it is not there
-    ranked = [n for n in range(1, config.iterations + 1) if config.at(n).rollout.responses or _explores_base(config, n)]
+    ranked = [number for number in range(1, config.iterations + 1) if config.at(number).generates]
     if ranks and ranked and config.ranker is None:
         raise Refused(
             f"ranker is not set, and iteration {ranked[0]} ranks responses: give a function that scores them, "
@@ -55,29 +59,32 @@ def check_run(config: RunConfig, *, ranks: bool = True) -> None:
         )
 
 
-def _explores_base(config: RunConfig, number: int) -> bool:
-    at = config.at(number)
-    return at.exploration_weight != 0 and at.rollout.explored == "base"
+def _local(source: str) -> Path | None:
+    """The file or folder that a source is, or that FOLDER:SPLIT names; None for what is on a hub."""
+    for name in (source, source.rpartition(":")[0]):
+        path = Path(name).expanduser()
+        if name and path.exists():
+            return path
+    return None
 
 
-def _stamps(path: Path) -> list[list[Any]]:
-    """Name, size and time of every file that a source consists of; none for what is no local file."""
-    if path.is_file():
-        paths = [path]
-    elif path.is_dir():
-        wanted = (".safetensors", ".json", ".jinja", ".model")
-        paths = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in wanted)
-    else:
-        paths = []
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in paths]
+def _stamps(root: Path, suffixes: tuple[str, ...] | None) -> list[list[Any]]:
+    """Name, size and time of every file that a source consists of, or of those with one of these suffixes."""
+    paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    return [
+        [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+        for path in paths
+        if suffixes is None or path.suffix in suffixes
+    ]
 
 
-def _identity(source: str, stamps: list[list[Any]]) -> str:
-    """sha256 of the content of every file, by its name; a hub name stands for itself."""
-    if not stamps:
+def _identity(source: str, root: Path | None, stamps: list[list[Any]]) -> str:
+    """sha256 of the content of every file, by its name; a hub name stands for itself, and so does a split."""
+    if root is None or not stamps:
         return source
-    root = Path(source).expanduser()
     digest = hashlib.sha256()
+    if Path(source).expanduser() != root:
+        digest.update(source.rpartition(":")[2].encode())
     for name, _, _ in stamps:
         with open(name, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()

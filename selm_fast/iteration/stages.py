@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from selm_fast.config import parse_function
 from selm_fast.errors import RunFailed
 from selm_fast.iteration.evaluate import evaluate, finish_evaluate
 from selm_fast.iteration.job import Job, check_files, write_manifest
@@ -40,7 +41,7 @@ def _prepare(job: Job) -> None:
     assert job.config.prepare is not None
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
-    _, module, function = job.config.prepare.split(":")
+    module, function = parse_function("prepare", job.config.prepare)
     try:
         prepare = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -50,7 +50,7 @@ class Inline:
 
     def run(self, stage: Stage, *, seconds: float | None) -> None:
         config = self.paths.config
-        here = config.at(stage.iteration) if stage.iteration > 0 and stage.name != "evaluate" else config
+        here = stage.settings_of(config)
         of = self.parts(stage)
         for index in range(of if seconds is None else 1):
             job = Job(self.paths, stage, here, Display(quiet=True), self.stop, index, of)
@@ -133,7 +133,7 @@ def job_of(
 ) -> Job:
     """The job of one stage, or of one process's part of it."""
     stage = planned(config)[title]
-    here = config.at(stage.iteration) if stage.iteration > 0 and stage.name != "evaluate" else config
+    here = stage.settings_of(config)
     return Job(Paths(config), stage, here, display or Display(quiet=True), stop or StopFlag(), index, count)
 
 

@@ -377,6 +377,11 @@ def test_without_responses_the_pair_is_as_the_rows_rank_it(bench: Bench, monkeyp
     assert [row["scores"] for row in found] == [[8.5, 3.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
     assert [row["chosen_ids"] for row in found] == [group.chosen for group in bench.offline]
     assert [row["rejected_ids"] for row in found] == [group.rejected for group in bench.offline]
+    # A margin is that of the rows' scores; their order alone has none.
+    rows[3] |= {"score_chosen": 4.0, "score_rejected": 3.0}
+    loose = {"rank__min_margin": 2.0, "rank__max_skipped": 0.5, "name": "margin"}
+    config = bench.config(rows, method="dpo", alpha=0.0, rollout__responses=0, ranker=None, **loose)
+    assert [row["row"] for row in bench.rank(config)] == [row["row"] for row in found[:3]]
 
 
 def test_hazard_21_too_many_prompts_without_a_pair_fail(bench: Bench) -> None:
@@ -397,14 +402,17 @@ def test_hazard_21_too_many_prompts_without_a_pair_fail(bench: Bench) -> None:
         bench.rank(config, {n: [([60, 1], "no score")] for n in range(6)})
 
 
-def test_rows_skipped_before_they_had_candidates_count(bench: Bench) -> None:
-    config = bench.config([*pairs(5), {**pairs(1)[0], "prompt": " "}], data__max_skipped=0.5, rank__max_skipped=0.16)
-    with pytest.raises(RunFailed, match=r"1 of 6 prompts \(16\.7%\)(.|\n)*1  empty prompt"):
-        bench.rank(config)
-    loose = config.model_copy(update={"rank": config.rank.model_copy(update={"max_skipped": 0.17})})
-    assert len(bench.rank(loose)) == 5
-    assert counts_of(Paths(loose), 1)["skipped"] == {"empty prompt": 1}
-    assert counts_of(Paths(loose), 1)["prompts"] == 6
+def test_rows_skipped_before_they_had_candidates_count_and_are_no_fault_of_the_ranker(bench: Bench) -> None:
+    rows = [*pairs(5), {**pairs(1)[0], "prompt": " "}]
+    config = bench.config(rows, data__max_skipped=0.5, rank__max_skipped=0.0)
+    assert len(bench.rank(config)) == 5
+    assert counts_of(Paths(config), 1)["skipped"] == {"empty prompt": 1}
+    assert counts_of(Paths(config), 1)["prompts"] == 6
+    bench.scores["no score"] = NAN
+    config = bench.config(rows, name="nan", data__max_skipped=0.5, rank__max_skipped=0.1)
+    with pytest.raises(RunFailed, match=r"1 of 5 prompts \(20\.0%\) gave no pair(.|\n)*1  a score is NaN") as failure:
+        bench.rank(config, {0: [([60, 1], "no score")]})
+    assert "empty prompt" not in str(failure.value)
 
 
 def test_rows_do_not_depend_on_processes_or_batches(bench: Bench) -> None:

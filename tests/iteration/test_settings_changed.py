@@ -254,6 +254,35 @@ def test_other_weights_in_the_same_folder_are_seen(
         run_inline(config)
 
 
+def test_another_template_in_the_folder_of_the_tokenizer_is_seen(
+    make_run: MakeRun, copy_of_whole: CopyOfWhole, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for path in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("chat_template*")):
+        shutil.copy(path, folder)
+    config = copy_of_whole(model__tokenizer=str(folder))
+    run_inline(config, redo=True)
+    assert not changed(config)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert changed(config) == ALL
+    with pytest.raises(Refused, match="iter-0/evaluate: made from another tokenizer"):
+        run_inline(config)
+
+
+def test_other_rows_in_a_folder_of_a_dataset_are_seen(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data/train.parquet").write_bytes(b"some rows")
+    paths, held_out = (Paths(make_run(data__train=f"{folder}:{split}")) for split in ("train", "test"))
+    found, files = identities(paths, {})
+    assert identities(paths, files) == (found, files)
+    assert identities(held_out, {})[0]["data"] != found["data"]
+    (folder / "data/train.parquet").write_bytes(b"other rows")
+    assert identities(paths, files)[0]["data"] != found["data"]
+
+
 def test_another_name_on_a_hub_is_another_source(make_run: MakeRun) -> None:
     first, second = (
         Paths(make_run(model__path=f"{name}/model", data__train=f"{name}/rows:train")) for name in ("one", "other")
@@ -367,7 +396,8 @@ def test_every_setting_of_a_run_is_named_above_or_belongs_to_no_stage(whole: Pat
         fields |= {f"{name}.{inner}" for inner in value} if nested else {name}
     free = {
         "output_dir", "max_bad_steps", "iterations", "reference", "prepare", "processes", "iteration",
-        "model.path", "model.init", "model.reference", "data.train", "data.eval", "data.max_skipped", "data.max_cut",
+        "model.path", "model.init", "model.reference", "model.tokenizer", "data.train", "data.eval", "data.max_skipped",
+        "data.max_cut",
         "cache.dir", "cache.require", "log.every", "log.tensorboard", "checkpoint.every", "checkpoint.keep",
         "rank.batch_prompts", "rank.timeout_s", "rank.max_skipped",
     }  # fmt: skip
