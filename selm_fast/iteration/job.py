@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -55,11 +54,7 @@ def write_manifest(job: Job, counts: dict[str, Any], seconds: float) -> None:
     for path in sorted(job.folder.iterdir()):
         # A process that was killed may have left a temporary file, which the next one to write it takes away.
         if path.is_file() and path.name != storage.MANIFEST and not path.name.startswith(".tmp-"):
-            with path.open("rb") as file:
-                files[path.name] = {
-                    "bytes": path.stat().st_size,
-                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                }
+            files[path.name] = storage.entry(path)
     content = job.stage.as_json() | {
         "counts": counts,
         "files": files,

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.initialization import no_init_weights
 
 from selm_fast.batch import PackedBatch
 from selm_fast.errors import Refused
@@ -125,8 +126,9 @@ class Policy(nn.Module):
         Raises Refused where the names or shapes are not the model's.
         """
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.random.fork_rng(devices=[]):  # it draws weights that are replaced; the caller's draws go on
+        with no_init_weights():  # they are replaced, and drawing eight billion takes a minute
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model.tie_weights()  # a part of their initialisation
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
             raise Refused(f"{folder}: the weights of this run are not those of its config.json; was it edited?")

@@ -43,9 +43,9 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # ru_maxrss begins, in a command that a larger process starts, with what that process held; VmHWM with nothing.
-    if _STATUS.exists():
-        return next(int(row.split()[1]) for row in _STATUS.read_text().splitlines() if row.startswith("VmHWM")) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rows = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    own = [int(row.split()[1]) for row in rows if row.startswith("VmHWM")]  # some sandboxes have no such row
+    return (own[0] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
 
 
 def summary_writer() -> Any:

@@ -124,12 +124,12 @@ def new_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
         with disk_errors(final):
             temporary.mkdir(parents=True)
             yield temporary
-            files = {
-                str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sync_and_hash(path)}
-                for path in sorted(temporary.rglob("*"))
-                if path.is_file()
-            }
+            paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+            for path in paths:
+                with path.open("rb") as file:
+                    _fsync(file.fileno())
             if manifest:
+                files = {str(path.relative_to(temporary)): entry(path) for path in paths}
                 write_new(temporary / MANIFEST, to_json({"files": files}))
             for folder in sorted({path.parent for path in temporary.rglob("*")}):
                 fsync_folder(folder)
@@ -140,10 +140,10 @@ def new_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
         raise
 
 
-def _sync_and_hash(path: Path) -> str:
+def entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its size and sha256."""
     with path.open("rb") as file:
-        _fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def read_checked_json(folder: Path, name: str) -> Any:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from selm_fast.errors import Refused
 from selm_fast.model import Policy
-from selm_fast.training import progress
+from selm_fast.training import metrics, progress
 from selm_fast.training.metrics import TIMINGS, MetricsLog, mean, step_means
 from selm_fast.training.progress import Display
 from selm_fast.training.run_train import train
@@ -346,6 +346,13 @@ def test_memory_is_in_gib(make_config: MakeConfig, tiny_model: Path) -> None:
     peak = next(int(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM"))
     assert line["memory_gib"] == pytest.approx(peak / 2**20, rel=0.2)
     assert Policy.from_pretrained(str(tiny_model)).training
+
+
+def test_memory_where_the_status_lacks_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status").write_text("VmSize:\t 9 kB\n")
+    for path in (tmp_path / "status", tmp_path / "absent"):
+        monkeypatch.setattr(metrics, "_STATUS", path)
+        assert 0.05 < metrics.peak_memory_gib(torch.device("cpu")) < 500
 
 
 def test_memory_is_the_process_s_own() -> None:
