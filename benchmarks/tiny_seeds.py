@@ -50,10 +50,14 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run every seed and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     chosen, flags = parser.parse_known_args()
+    if chosen.seeds < 2:
+        parser.error(f"--seeds is {chosen.seeds}; expected 2 or more, which have a spread")
     with tempfile.TemporaryDirectory() as folder:
         first = load_run_config(find_recipe("tiny"), flags).seed
         measurements = [measure(first + number, flags, Path(folder)) for number in range(chosen.seeds)]

@@ -11,11 +11,9 @@ from pydantic import ValidationError
 
 from selm_fast.cli.names import hint, nearest
 from selm_fast.cli.recipe import Recipe, describe, read_recipe
-from selm_fast.cli.schema import Setting, find, is_group, names_in, settings
+from selm_fast.cli.schema import Setting, find, is_group, names_in
 from selm_fast.config import Config, RunConfig
 from selm_fast.errors import Refused
-
-__all__ = ["Arguments", "load_config", "load_run_config", "settings", "split_arguments", "split_recipe"]
 
 C = TypeVar("C", bound=Config)
 

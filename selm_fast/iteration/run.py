@@ -17,7 +17,7 @@ from selm_fast.iteration.dry_run import describe_plan
 from selm_fast.iteration.launch import Launcher, Processes
 from selm_fast.iteration.paths import Paths
 from selm_fast.iteration.plan import Stage, plan_stages
-from selm_fast.iteration.scorer import check_function
+from selm_fast.iteration.scorer import START_LIMIT_S, check_function
 from selm_fast.iteration.sources import check_run, identities
 from selm_fast.iteration.status import Status, look, remove
 from selm_fast.iteration.summary import iteration_row, results_table
@@ -52,6 +52,8 @@ def run(config: RunConfig, *, until: str | None = None, redo: bool = False, dry_
     Raises Refused before any work; RunFailed with the reason and the log of a stage that failed; Stopped after a
     signal, with everything saved.
     """
+    if dry_run and (until is not None or redo):
+        raise Refused("a dry run shows the whole plan and does nothing: give until or redo without it")
     display = Display()
     check_run(config, ranks=not dry_run)
     paths = Paths(config)
@@ -61,7 +63,7 @@ def run(config: RunConfig, *, until: str | None = None, redo: bool = False, dry_
         describe_plan(paths, look(paths, plan_stages(config, sources)), display)
         return _result(paths)
     if config.ranker is not None:
-        check_function(config.ranker)
+        check_function(config.ranker, timeout_s=max(START_LIMIT_S, config.rank.timeout_s))
     with StopFlag() as stop, _locked(paths) as lock, Processes(paths, display, stop, lock=lock) as launcher:
         return drive(paths, launcher, display, stop, until=until, redo=redo)
 

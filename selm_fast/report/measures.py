@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 
 from selm_fast.report.cells import interval, of_evaluation
 from selm_fast.report.contents import Divergence, Evaluation
@@ -89,7 +89,7 @@ def groups_per_second(iteration: Iteration) -> float | None:
     if iteration.train and iteration.train.groups_per_second is not None:
         return iteration.train.groups_per_second
     rates = [rate for line in iteration.steps if (rate := line.get("groups_per_second"))]
-    return len(rates) / sum(1 / rate for rate in rates) if rates else None
+    return harmonic_mean(rates) if rates else None
 
 
 def _stage(stage: str) -> Measure:

@@ -87,7 +87,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_the_list(stand_in, caps
     [
         (["--dry-run"], {"dry_run": True}),
         (["--redo", "--until", "rank"], {"redo": True, "until": "rank"}),
-        (["--until=cache", "--dry-run", "--beta=1"], {"until": "cache", "dry_run": True}),
+        (["--until=cache", "--beta=1"], {"until": "cache"}),
         *((["--until", stage], {"until": stage}) for stage in ("rollout", "train")),
     ],
 )

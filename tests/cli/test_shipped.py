@@ -36,6 +36,7 @@ def test_what_all_recipes_of_the_paper_share(name: str) -> None:
         assert (config.data.max_length, config.data.max_prompt_length) == (1024, 512)
         assert config.rollout.max_new_tokens == 1024
         assert (config.data.train, config.data.eval) == (f"{ULTRAFEEDBACK}:train_prefs", f"{ULTRAFEEDBACK}:test_prefs")
+        assert config.checkpoint.every == 20  # an iteration may have 60 steps
         assert config.label_smoothing == 0 and config.ranker is None and config.output_dir is None
 
 

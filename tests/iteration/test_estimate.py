@@ -67,6 +67,18 @@ def test_hours_and_disk_by_hand(llama: tuple[Estimate, dict[str, Stage]]) -> Non
     )
 
 
+def test_an_iteration_s_own_settings_are_not_those_of_its_evaluation() -> None:
+    """Iterates are compared, so all answer the held-out prompts in the same way."""
+    shorter = {"iteration": {2: {"rollout": {"max_new_tokens": 4}}}}
+    found = []
+    for config in (paper(), RunConfig.model_validate(paper().model_dump(exclude_unset=True) | shorter)):
+        costs = Estimate(config, PROMPTS, 500, Lengths(prompt=100, response=250), LLAMA, DEVICE)
+        stages = {stage.title: stage for stage in plan_stages(config, {"model": "m", "data": "d", "eval": "e"})}
+        found.append([costs.of(stages[f"iter-2/{name}"]) for name in ("rollout", "evaluate")])
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1]
+
+
 def test_without_a_model_there_are_no_hours(llama: tuple[Estimate, dict[str, Stage]]) -> None:
     found, stages = llama
     bare = Estimate(found.config, PROMPTS, 0, found.lengths, None, None)

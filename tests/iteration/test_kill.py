@@ -200,7 +200,7 @@ def test_three_real_kills(
         output, _ = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == (-signal.SIGKILL if victim == "command" else 1), output
         if victim == "worker":
-            assert "error: the process that starts the stages ended by SIGKILL" in output
+            assert "error: the process that starts the stages was killed by SIGKILL" in output
         wait_until(lambda: not processes_in(tmp_path), "processes of the run are still there")
     hold.unlink()
 
@@ -210,7 +210,7 @@ def test_three_real_kills(
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1, output
     log = root / "iter-1/logs/train.log"
-    assert "error: iter-1/train failed: its process ended by SIGKILL" in output
+    assert "error: iter-1/train failed: its process was killed by SIGKILL" in output
     assert f"(log: {log})" in output
     wait_until(lambda: not processes_in(tmp_path), "processes of the run are still there")
     assert list((root / "iter-1/train/checkpoints").glob("step-*"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 
 from selm_fast.cli.main import main
 from selm_fast.config import RunConfig
@@ -145,6 +146,46 @@ def test_a_process_for_each_gpu_is_the_default(
             stages = planned(config)
             assert launcher.parts(stages["iter-1/train"]) == 1
             assert launcher.parts(stages["iter-1/rollout"]) == rollouts
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "taken"),
+    [
+        (None, 3, ["0", "1", "2", "0"]),  # as CUDA numbers them, whatever the files in /dev are called
+        ("2,3", 2, ["2", "3", "2", "3"]),
+        ("MIG-a,MIG-b", 2, ["MIG-a", "MIG-b", "MIG-a", "MIG-b"]),
+        ("1,7,9", 2, ["1", "7", "1", "7"]),
+        ("", 0, ["", "", "", ""]),  # hidden on purpose
+        (None, 0, [None, None, None, None]),
+    ],
+)
+def test_each_process_takes_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: int, taken: list[str | None]
+) -> None:
+    found = []
+    for index in range(4):
+        with monkeypatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+            if visible is None:
+                patch.delenv("CUDA_VISIBLE_DEVICES")
+            worker._take_gpu(index, gpus)
+            found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert found == taken
+
+
+def test_gpus_are_counted_in_a_process_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where NVML cannot tell how many there are, counting them makes CUDA unusable in forks."""
+    asked = []
+
+    def count() -> int:
+        asked.append(True)
+        return 3
+
+    monkeypatch.setattr(torch.cuda, "device_count", count)
+    assert worker._gpus() == 3
+    assert not asked  # not here
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert worker._gpus() == 0
 
 
 def test_an_event_goes_through_a_pipe_in_one_piece_however_long_its_text_is() -> None:
@@ -407,7 +448,12 @@ def test_a_stage_that_fails_stops_the_run_which_goes_on_once_the_cause_is_gone(
             (GIVES_NAN, RunFailed, "none of 6 prompts gave a pair to train on:\n        6  " + NOT_SCORED, NOT_SCORED),
             ("", Refused, "the_ranker.py) has no 'score'", "has no 'score'"),
             (RANKER + RAISES_IN_ONE, RunFailed, "ranker python:the_ranker:score raised an error", "ValueError: broken"),
-            (KILLS_THE_STAGE, RunFailed, "its process ended by SIGKILL; the machine may have run out of memory", ""),
+            (
+                KILLS_THE_STAGE,
+                RunFailed,
+                "its process was killed by SIGKILL (the kernel does that where memory runs out)",
+                "",
+            ),
         ):
             ranker.write_text(source, "utf-8")
             with pytest.raises(kind) as caught:

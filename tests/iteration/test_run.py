@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from io import StringIO
+from typing import Any
 
 import pytest
 import torch
@@ -293,6 +294,21 @@ def test_a_folder_whose_record_is_damaged_is_refused_and_left_alone(copy_of_whol
     with pytest.raises(Refused, match="run.json: .*; this run cannot be gone on with: choose another output_dir"):
         run(config)
     assert contents(Paths(config).root) == before
+
+
+def test_a_ranker_may_take_as_long_to_import_as_a_call_may(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    monkeypatch.setattr("selm_fast.iteration.run.check_function", lambda _, *, timeout_s: limits.append(timeout_s))
+    monkeypatch.setattr("selm_fast.iteration.run.drive", lambda *_, **__: None)
+    for seconds in (5.0, 7000.0):
+        run(make_run(rank__timeout_s=seconds))
+    assert limits == [600.0, 7000.0]
+
+
+@pytest.mark.parametrize("options", [{"until": "rank"}, {"redo": True}], ids=str)
+def test_a_dry_run_takes_no_other_option(make_run: MakeRun, options: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match="a dry run shows the whole plan and does nothing: give until or redo without it"):
+        run(make_run(), dry_run=True, **options)
 
 
 def test_a_dry_run_makes_no_folder_and_changes_none(make_run: MakeRun, whole: Paths) -> None:
