@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +19,7 @@ Shape = Literal["line", "points", "hollow", "area", "bar", "hatched"]
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(ABC):
     """Something drawn, with its look by number and its name in the legend (none: it is not in the legend)."""
 
     look: int
@@ -34,9 +35,9 @@ class Mark:
         """What it shows, for those who do not see it."""
         return ""
 
+    @abstractmethod
     def draw(self, axes: Axes) -> None:
         """Draw it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

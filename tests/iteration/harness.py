@@ -20,7 +20,7 @@ from selm_fast.iteration.stages import do_part, finish
 from selm_fast.training.progress import Display
 from selm_fast.training.signals import StopFlag
 
-from ..training.harness import make_rows, write_rows
+from ..training.harness import make_rows, override, write_rows
 
 # A reward that differs between most responses and depends on nothing but the text.
 RANKER = """
@@ -94,13 +94,7 @@ def settings(folder: Path, model: Path, name: str = "run", **overrides: Any) -> 
         "rollout": {"max_new_tokens": 8, "max_tokens": 200, "shard_prompts": 2},
         "rank": {"batch_prompts": 2, "max_skipped": 0.9},
     }
-    for key, value in overrides.items():
-        *sections, last = key.split("__")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return RunConfig.model_validate(values)
+    return RunConfig.model_validate(override(values, overrides))
 
 
 def run_inline(config: RunConfig, *, until: str | None = None, redo: bool = False, processes: int = 1) -> Inline:

@@ -15,7 +15,7 @@ from selm_fast.model import Policy
 from selm_fast.training.loop import Trainer
 from selm_fast.training.signals import StopFlag
 
-from .harness import Live, MakeConfig, make_rows, write_model, write_rows
+from .harness import Live, MakeConfig, make_rows, override, write_model, write_rows
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
 
@@ -81,13 +81,7 @@ def make_config(tmp_path: Path, tiny_model: Path) -> MakeConfig:
             "cache": {"dir": tmp_path / "cache"},
             "checkpoint": {"every": 2},
         }
-        for key, value in overrides.items():
-            *sections, last = key.split("__")
-            place = settings
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[last] = value
-        return Config.model_validate(settings)
+        return Config.model_validate(override(settings, overrides))
 
     return make
 

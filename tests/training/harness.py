@@ -46,6 +46,17 @@ Rows = list[dict[str, Any]]
 MakeConfig = Callable[..., Config]
 
 
+def override(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """These settings with others in their place; `optim__lr=1e-4` sets optim.lr."""
+    for key, value in overrides.items():
+        *sections, last = key.split("__")
+        place = settings
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return settings
+
+
 def write_tokenizer(folder: Path, template: str = TEMPLATE, words: Sequence[str] = WORDS) -> None:
     """A byte-level BPE of 280 tokens with BOS, EOS, two role tokens and a chat template."""
     backend = Backend(models.BPE())
