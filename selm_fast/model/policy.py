@@ -17,7 +17,7 @@ from selm_fast.batch import PackedBatch
 from selm_fast.errors import Refused
 from selm_fast.model import support
 from selm_fast.model.attention import NAME, packed_kwargs
-from selm_fast.ops import linear_logprob, preference_loss, sequence_sum
+from selm_fast.ops import fused_preference_loss, linear_logprob, sequence_sum
 
 
 class Policy(nn.Module):
@@ -168,15 +168,15 @@ class Policy(nn.Module):
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Log-prob (nats) of every target: (N,) fp32."""
-        return linear_logprob(
-            self.hidden_states(batch),
-            self.head.weight,
-            batch.targets,
-            bias=self.head.bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            mode=self.head_mode,
-        )
+        return linear_logprob(self.hidden_states(batch), self.head.weight, batch.targets, **self._head_settings())
+
+    def _head_settings(self) -> dict[str, Any]:
+        return {
+            "bias": self.head.bias,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "mode": self.head_mode,
+        }
 
     def sequence_logps(self, batch: PackedBatch) -> Tensor:
         """Log-prob (nats) of every distinct response given its prompt: (S,) fp64."""
@@ -184,7 +184,16 @@ class Policy(nn.Module):
 
     def loss(self, batch: PackedBatch, reference_logps: Tensor, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`preference_loss` of a batch; reference_logps (S,) fp64; settings as there."""
-        return preference_loss(self.sequence_logps(batch), reference_logps, batch.pairs, **settings)
+        return fused_preference_loss(
+            self.hidden_states(batch),
+            self.head.weight,
+            batch.targets,
+            batch.cu_responses,
+            batch.pairs,
+            reference_logps,
+            **self._head_settings(),
+            **settings,
+        )
 
     forward = loss
 

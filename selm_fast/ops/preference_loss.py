@@ -55,41 +55,110 @@ def preference_loss(
     is beta * ratio. Equal pairs have accuracy 0, as in TRL.
     Raises ValueError for shapes or settings that do not fit.
     """
-    _check(policy_logps, reference_logps, pairs, beta, exploration_weight, label_smoothing, num_groups)
-    policy, reference = policy_logps.double(), reference_logps.detach().double()
+    check_groups(pairs, beta, exploration_weight, label_smoothing, num_groups)
+    if policy_logps.dim() != 1 or policy_logps.shape != reference_logps.shape:
+        raise ValueError(
+            "policy_logps and reference_logps must both be (S,), a number a sequence; "
+            f"got {tuple(policy_logps.shape)} and {tuple(reference_logps.shape)}"
+        )
+    loss, metrics = _losses(
+        policy_logps.double(),
+        reference_logps.detach().double(),
+        pairs,
+        beta,
+        exploration_weight,
+        label_smoothing,
+        divisor_of(pairs, num_groups),
+    )
+    return loss, by_name(torch.stack([value.detach() for value in metrics]))
+
+
+METRICS = (
+    "loss",
+    "loss/preference",
+    "loss/exploration",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/explored",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/explored",
+)
+
+
+def by_name(metrics: Tensor) -> dict[str, Tensor]:
+    """(11, G) -> each metric by its name."""
+    return dict(zip(METRICS, metrics.unbind(), strict=True))
+
+
+def divisor_of(pairs: Pairs, num_groups: int | None) -> int:
+    """What a sum over groups is divided by; 1 for no groups at all."""
+    return num_groups or pairs.chosen.shape[0] or 1
+
+
+def _losses(
+    policy: Tensor, reference: Tensor, pairs: Pairs, beta: float, c: float, s: float, divisor: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The formula: (S,) fp64 twice -> the loss, differentiable, and the metrics in the order of METRICS."""
     ratio = policy - reference
     logits = beta * (ratio[pairs.chosen] - ratio[pairs.rejected])
     # -logsigmoid(x) = softplus(-x). ln 2 is taken out of each group and put back once: G times ln 2, summed and divided
     # by G, is not ln 2 for every G, and step 0 must be.
-    excess = (1 - label_smoothing) * _softplus_excess(-logits)
-    if label_smoothing:
-        excess = excess + label_smoothing * _softplus_excess(logits)
+    excess = (1 - s) * _softplus_excess(-logits)
+    if s:
+        excess = excess + s * _softplus_excess(logits)
     has_explored = pairs.explored >= 0
     explored = pairs.explored.clamp(min=0)
-    exploration = exploration_weight * torch.where(has_explored, ratio[explored], 0.0)
-    count = excess.shape[0]
-    loss = (excess + exploration).sum() / (num_groups or count or 1) + math.log(2) * (
-        count / (num_groups or count or 1)
+    exploration = c * torch.where(has_explored, ratio[explored], 0.0)
+    loss = (excess + exploration).sum() / divisor + math.log(2) * (excess.shape[0] / divisor)
+    rewards = beta * ratio
+    preference = excess + math.log(2)
+    nan = torch.full_like(logits, torch.nan)
+    metrics = (
+        preference + exploration,
+        preference,
+        exploration,
+        rewards[pairs.chosen],
+        rewards[pairs.rejected],
+        torch.where(has_explored, rewards[explored], nan),
+        (logits > 0).double(),
+        logits,
+        policy[pairs.chosen],
+        policy[pairs.rejected],
+        torch.where(has_explored, policy[explored], nan),
     )
+    return loss, metrics
 
-    with torch.no_grad():
-        rewards = beta * ratio
-        nan = torch.full_like(logits, torch.nan)
-        preference = excess + math.log(2)
-        metrics = {
-            "loss": preference + exploration,
-            "loss/preference": preference,
-            "loss/exploration": exploration,
-            "rewards/chosen": rewards[pairs.chosen],
-            "rewards/rejected": rewards[pairs.rejected],
-            "rewards/explored": torch.where(has_explored, rewards[explored], nan),
-            "rewards/accuracies": (logits > 0).double(),
-            "rewards/margins": logits,
-            "logps/chosen": policy[pairs.chosen],
-            "logps/rejected": policy[pairs.rejected],
-            "logps/explored": torch.where(has_explored, policy[explored], nan),
-        }
-    return loss, {name: value.detach() for name, value in metrics.items()}
+
+def group_losses(
+    policy: Tensor,
+    reference: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    explored: Tensor,
+    *,
+    beta: float,
+    exploration_weight: float,
+    label_smoothing: float,
+    divisor: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`preference_loss` with its derivative, in one go and without autograd: the reference of the fused kernel.
+
+    policy, reference: (S,) fp64.  chosen, rejected, explored: (G,), the fields of `Pairs`.
+    Returns the loss, () fp64; the metrics, (11, G) fp64 in the order of METRICS; d loss / d policy, (S,) fp64.
+    """
+    pairs = Pairs(chosen=chosen, rejected=rejected, explored=explored)
+    loss, metrics = _losses(policy, reference, pairs, beta, exploration_weight, label_smoothing, divisor)
+    logits = metrics[METRICS.index("rewards/margins")]
+    pull = (1 - label_smoothing) * torch.sigmoid(-logits) - label_smoothing * torch.sigmoid(logits)
+    pull *= beta / divisor
+    push = torch.where(explored >= 0, exploration_weight / divisor, 0.0).double()
+    slopes = torch.zeros_like(policy)
+    slopes.index_add_(0, chosen, -pull).index_add_(0, rejected, pull)
+    slopes.index_add_(0, explored.clamp(min=0), push)
+    return loss, torch.stack(metrics), slopes
 
 
 def _softplus_excess(x: Tensor) -> Tensor:
@@ -97,20 +166,10 @@ def _softplus_excess(x: Tensor) -> Tensor:
     return softplus(x, threshold=700.0) - math.log(2)
 
 
-def _check(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
-    pairs: Pairs,
-    beta: float,
-    exploration_weight: float,
-    label_smoothing: float,
-    num_groups: int | None,
+def check_groups(
+    pairs: Pairs, beta: float, exploration_weight: float, label_smoothing: float, num_groups: int | None
 ) -> None:
-    if policy_logps.dim() != 1 or policy_logps.shape != reference_logps.shape:
-        raise ValueError(
-            "policy_logps and reference_logps must both be (S,), a number a sequence; "
-            f"got {tuple(policy_logps.shape)} and {tuple(reference_logps.shape)}"
-        )
+    """Raise ValueError for indices or settings that do not fit."""
     if not pairs.chosen.shape == pairs.rejected.shape == pairs.explored.shape or pairs.chosen.dim() != 1:
         raise ValueError(
             "pairs.chosen, .rejected and .explored must all be (G,); got "
