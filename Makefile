@@ -17,7 +17,7 @@ export MKL_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env demo lint test test-all test-floor test-latest clean
+.PHONY: help env demo extension lint test test-all test-floor test-latest mutants aot bench-ops gpu-test clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F '|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -28,27 +28,50 @@ env: .venv/.stamp ## the environment of every day, .venv, with the versions of c
 demo: .venv/.stamp ## SELM from end to end on a small model: three iterations in under three minutes on a CPU
 	.venv/bin/selm-fast run tiny --output_dir runs/demo
 
+# The extension knows the sources that it was built from.
+BUILT := -c 'import sys; from selm_fast.ops import extension; sys.exit(not extension.available())'
+
+extension: .venv/.stamp ## builds csrc/ again where it changed
+	$(call extension,.venv)
+
 lint: .venv/.stamp ## ruff, mypy and the layers
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-test: lint ## lint, then every test but the slow ones
+test: lint extension ## lint, then every test but the slow ones
 	.venv/bin/python $(PYTEST)
 
-test-all: lint ## lint, then every test
+test-all: lint extension ## lint, then every test
 	.venv/bin/python $(PYTEST) -m ""
 
 test-floor: .venv-floor/.stamp ## tests at the oldest versions that work
+	$(call extension,.venv-floor)
 	.venv-floor/bin/python $(PYTEST) -m "not slow and not peer"
 
 test-latest: ## tests at the newest versions there are
 	$(call environment,.venv-latest,,$(EXTRAS))
 	.venv-latest/bin/python $(PYTEST)
 
+mutants: extension ## breaks the kernels one by one, to see a test turn red each time (ONLY=text chooses some)
+	.venv/bin/python -m tests.mutants.run $(ONLY)
+
+aot: .venv/.stamp ## compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory
+	TRITON_INTERPRET=0 .venv/bin/python -m benchmarks.aot
+
+# All cores: it is a measurement.
+bench-ops: extension ## times the kernels beside their peers on this machine and writes benchmarks/results/
+	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS .venv/bin/python -m benchmarks.bench_ops
+
+# The interpreter that is given, or python3: it has torch already, and nothing is installed.
+GPU_PYTHON = $(if $(filter default undefined file,$(origin PYTHON)),python3,$(PYTHON))
+
+gpu-test: ## on a machine with an NVIDIA GPU: builds, runs the gpu tests and times the kernels (PYTHON=its python with torch)
+	"$(GPU_PYTHON)" benchmarks/gpu_test.py
+
 clean: ## removes the environments, builds and caches
-	rm -rf .venv .venv-floor .venv-latest build dist *.egg-info
+	rm -rf .venv .venv-floor .venv-latest build dist *.egg-info selm_fast/_C-*.so
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find selm_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -61,6 +84,11 @@ EXTRAS_FLOOR := datasets,tensorboard,test
 
 .venv-floor/.stamp: pyproject.toml setup.py constraints-floor.txt
 	$(call environment,.venv-floor,-c constraints-floor.txt,$(EXTRAS_FLOOR))
+
+# $(call extension,FOLDER)
+define extension
+	@$(1)/bin/python $(BUILT) || $(1)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+endef
 
 # $(call environment,FOLDER,OPTIONS OF PIP,EXTRAS). torch comes before the package, whose extension is built against it.
 define environment

@@ -6,194 +6,105 @@ once, followed by its own. The causal mask is aligned bottom-right: the last que
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def branch_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """One branch in plain torch, the reference: q (Lq, H, Dh), k and v (Lk, Hk, Dh), Lk >= Lq -> (Lq, H, Dh).
-
-    scores = softcap * tanh(scale * q k^T / softcap), masked, softmax in fp32 (fp64 for fp64 inputs).
-    """
-    queries, keys, values = _high_heads_first(q, k, v)
-    scores = _capped_scores(queries, keys, scale, softcap)
-    weights = (scores + _mask(q.shape[0], k.shape[0], window, scores)).softmax(-1)
-    return (weights @ values).transpose(0, 1).to(q.dtype)
-
-
-def branch_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `branch_attention` by q, k and v, in fp32 (fp64): a custom op may not call autograd.
-
-    With weights P, dP = dO V^T and dS = P o (dP - rowsum(P o dP)) o (1 - (scores / softcap)^2):
-    dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
-    """
-    queries, keys, values = _high_heads_first(q, k, v)
-    d_out = grad.to(queries.dtype).transpose(0, 1)
-    scores = _capped_scores(queries, keys, scale, softcap)
-    weights = (scores + _mask(q.shape[0], k.shape[0], window, scores)).softmax(-1)
-    d_weights = d_out @ values.transpose(1, 2)
-    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * scale
-    if softcap is not None:
-        d_scores *= 1 - (scores / softcap).square()
-    d_keys, d_values = (
-        t.transpose(0, 1).unflatten(1, (k.shape[1], -1)).sum(2)
-        for t in (d_scores.transpose(1, 2) @ queries, weights.transpose(1, 2) @ d_out)
-    )
-    return (d_scores @ keys).transpose(0, 1), d_keys, d_values
-
-
-def _high_heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as (H, L, Dh) in fp32 (fp64); each key head stands beside the query heads that it serves."""
-    high = torch.float64 if q.dtype == torch.float64 else torch.float32
-    repeats = q.shape[1] // k.shape[1]
-    keys, values = (t.to(high).repeat_interleave(repeats, dim=1).transpose(0, 1) for t in (k, v))
-    return q.to(high).transpose(0, 1), keys, values
-
-
-def _capped_scores(queries: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
-    scores = queries @ keys.transpose(1, 2) * scale
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def _mask(num_queries: int, num_keys: int, window: int | None, like: Tensor) -> Tensor:
-    """Additive causal mask (Lq, Lk), bottom-right aligned; with a window a query sees its own key and window - 1
-    before."""
-    query = torch.arange(num_keys - num_queries, num_keys, device=like.device).unsqueeze(1)
-    key = torch.arange(num_keys, device=like.device)
-    hidden = key > query
-    if window is not None:
-        hidden |= key <= query - window
-    return torch.zeros(num_queries, num_keys, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
-
-
-def _branches(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for q0, q1, k0, k1 in zip(q, q[1:], k, k[1:], strict=False):
-        yield slice(q0, q1), slice(k0, k1)
-
-
-def _uses_flash(q: Tensor, softcap: float) -> bool:
-    return q.device.type == "cpu" and softcap == 0.0
-
-
-def _heads_first(t: Tensor, repeats: int = 1) -> Tensor:
-    """(L, Hk, Dh) -> (1, Hk * repeats, L, Dh); each key head stands beside the query heads that it serves."""
-    return t.repeat_interleave(repeats, dim=1).transpose(0, 1).unsqueeze(0)
-
-
-def _flash_mask(q: Tensor, k: Tensor, window: int) -> tuple[bool, Tensor | None]:
-    """is_causal and mask: the kernel's own causal mask is aligned top-left, so it serves square branches only."""
-    if q.shape[0] == k.shape[0] and (window < 0 or window >= k.shape[0]):
-        return True, None
-    return False, _mask(q.shape[0], k.shape[0], window if window >= 0 else None, q)
+from selm_fast.ops.attention_choice import Backend, check_name, choose, serving
+from selm_fast.ops.attention_layout import Case, Layout, Scores
 
 
 @torch.library.custom_op("selm_fast::shared_prefix_attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, kv_index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    scale: float, window: int, softcap: float,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float, window: int, softcap: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> out (T, H, Dh) and, where flash ran, logsumexp (H, T) fp32. window -1: none; softcap 0: none."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((q.shape[1], q.shape[0]) if _uses_flash(q, softcap) else (0, 0), dtype=torch.float32)
-    keys, values = k[kv_index], v[kv_index]
-    for rows, cols in _branches(cu_seqlens_q, cu_seqlens_k):
-        qb, kb, vb = q[rows], keys[cols], values[cols]
-        if _uses_flash(q, softcap):
-            repeats = q.shape[1] // k.shape[1]
-            is_causal, mask = _flash_mask(qb, kb, window)
-            ob, lb = _flash_cpu(
-                _heads_first(qb),
-                _heads_first(kb, repeats),
-                _heads_first(vb, repeats),
-                0.0,
-                is_causal,
-                attn_mask=mask,
-                scale=scale,
-            )
-            out[rows], lse[:, rows] = ob.squeeze(0).transpose(0, 1), lb.squeeze(0)
-        else:
-            out[rows] = branch_attention(
-                qb, kb, vb, scale=scale, window=window if window >= 0 else None, softcap=softcap or None
-            )
-    return out, lse
+    """-> out (T, H, Dh), logsumexp (H, T) fp32. window -1: none; softcap 0: none."""
+    layout = Layout(kv_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _check_layout(layout, q.shape[0])
+    if not q.shape[0]:
+        return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
+    scores = _scores(scale, window, softcap)
+    with torch.autocast(q.device.type, enabled=False):  # it would round what is meant to be fp32
+        return _chosen(backend, q, k, scores).forward(q, k, v, layout, scores)
 
 
 @_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, kv_index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    scale: float, window: int, softcap: float,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float, window: int, softcap: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    lse_shape = (q.shape[1], q.shape[0]) if _uses_flash(q, softcap) else (0, 0)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(lse_shape, dtype=torch.float32)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
 @torch.library.custom_op("selm_fast::shared_prefix_attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    kv_index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, window: int, softcap: float,
+    kv_index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float, window: int, softcap: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    keys, values = k[kv_index], v[kv_index]
-    dkeys, dvalues = torch.empty_like(keys, dtype=torch.float32), torch.empty_like(values, dtype=torch.float32)
-    repeats = q.shape[1] // k.shape[1]
-    for rows, cols in _branches(cu_seqlens_q, cu_seqlens_k):
-        qb, kb, vb, gb = q[rows], keys[cols], values[cols], grad[rows]
-        if _uses_flash(q, softcap):
-            is_causal, mask = _flash_mask(qb, kb, window)
-            dqb, dkb, dvb = _flash_cpu_backward(
-                _heads_first(gb), _heads_first(qb), _heads_first(kb, repeats), _heads_first(vb, repeats),
-                _heads_first(out[rows]), lse[:, rows].unsqueeze(0), 0.0, is_causal, attn_mask=mask, scale=scale,
-            )  # fmt: skip
-            dq[rows] = dqb.squeeze(0).transpose(0, 1)
-            dkeys[cols], dvalues[cols] = (
-                t.squeeze(0).transpose(0, 1).unflatten(1, (-1, repeats)).sum(2, dtype=torch.float32) for t in (dkb, dvb)
-            )
-        else:
-            dq[rows], dkeys[cols], dvalues[cols] = branch_attention_backward(
-                gb, qb, kb, vb, scale=scale, window=window if window >= 0 else None, softcap=softcap or None
-            )
-    return dq, _segment_sum(dkeys, kv_index, k), _segment_sum(dvalues, kv_index, v)
+    layout = Layout(kv_index, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if not q.shape[0]:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    scores = _scores(scale, window, softcap)
+    with torch.autocast(q.device.type, enabled=False):
+        return _chosen(backend, q, k, scores).backward(grad, q, k, v, out, lse, layout, scores)
 
 
 @_attention_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    kv_index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, window: int, softcap: float,
+    kv_index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float, window: int, softcap: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     return dq, dk, dv
 
 
-def _segment_sum(source: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Backward of like[index]: rows of `source` (fp32) added up by index in a fixed order, rounded once."""
-    if source.device.type == "cpu":
-        return torch.zeros_like(like, dtype=torch.float32).index_add_(0, index, source).to(like.dtype)
-    order = torch.argsort(index, stable=True)  # index_add_ on a GPU adds by atomics, in any order
-    lengths = torch.bincount(index, minlength=like.shape[0])
-    return torch.segment_reduce(source[order], "sum", lengths=lengths, axis=0, initial=0.0).to(like.dtype)
+def _scores(scale: float, window: int, softcap: float) -> Scores:
+    return Scores(scale, None if window < 0 else window, softcap or None)
+
+
+def _chosen(backend: str, q: Tensor, k: Tensor, scores: Scores) -> Backend:
+    """The back end for these tensors, tested on its first use: within the op, where nothing is traced."""
+    case = Case(
+        q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], scores.window is not None, scores.softcap is not None
+    )
+    return serving(backend, case)
+
+
+def _check_layout(layout: Layout, num_rows: int) -> None:
+    """Raises ValueError for a layout on the CPU that does not fit; for one on a GPU the host would have to wait."""
+    if layout.cu_seqlens_q.device.type != "cpu":
+        return
+    branches = layout.branches()
+    for nth, (_, num_queries, _, num_keys) in enumerate(branches):
+        if not 1 <= num_queries <= min(num_keys, layout.max_seqlen_q) or num_keys > layout.max_seqlen_k:
+            raise ValueError(
+                f"branch {nth} has {num_queries} queries and {num_keys} keys; expected at least one query, no fewer "
+                f"keys, and at most max_seqlen_q = {layout.max_seqlen_q} and max_seqlen_k = {layout.max_seqlen_k}"
+            )
+    for name, offsets, size in (
+        ("cu_seqlens_q", layout.cu_seqlens_q, num_rows),
+        ("cu_seqlens_k", layout.cu_seqlens_k, layout.kv_index.shape[0]),
+    ):
+        if (int(offsets[0]), int(offsets[-1])) != (0, size):
+            raise ValueError(f"{name} must rise from 0 to {size}; got {int(offsets[0])} to {int(offsets[-1])}")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, kv_index, cu_seqlens_q, cu_seqlens_k, scale, window, softcap = inputs
+    q, k, v, kv_index, cu_seqlens_q, cu_seqlens_k, *settings = inputs
     ctx.save_for_backward(q, k, v, *output, kv_index, cu_seqlens_q, cu_seqlens_k)
-    ctx.settings = (scale, window, softcap)
+    ctx.settings = settings
 
 
 @once_differentiable
 def _autograd(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_attention_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None, None)
+    grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, *(None,) * (3 + len(ctx.settings)))
 
 
 _attention.register_autograd(_autograd, setup_context=_setup_context)
@@ -212,26 +123,35 @@ def shared_prefix_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal attention of B branches over T packed rows, in one call; prompts shared by branches are stored once.
 
-    q: (T, H, Dh).  k, v: (T, Hk, Dh), H a multiple of Hk; fp32|bf16|fp16.
+    q: (T, H, Dh).  k, v: (T, Hk, Dh), H a multiple of Hk; fp32|bf16|fp16, fp64 by the reference; autocast casts them.
     kv_index: (Tk,) int64, which of the T rows each key row is; branch b owns entries cu_seqlens_k[b] to
     cu_seqlens_k[b+1].
-    cu_seqlens_q, cu_seqlens_k: (B+1,) int32.  A branch has at least as many keys as queries and its last query sees
-    all.
+    cu_seqlens_q, cu_seqlens_k: (B+1,) int32.  A branch has at least one query and as many keys as queries, or more,
+    and its last query sees all.
     max_seqlen_q, max_seqlen_k: the longest branch (what variable-length GPU kernels size their grid by).
     scale: multiplies q k^T.  window: keys a query sees, its own among them (None: all).  softcap: of the scores, or
     None.
-    Returns (T, H, Dh), dtype of q; differentiable in q, k, v. The gradients of shared rows are summed in fp32, in
-    order.
-    Raises ValueError for shapes that do not fit.
+    backend: "auto" or a name of `attention_choice.BACKENDS`; each is tested against the reference on its first use.
+    Returns (T, H, Dh), dtype of q; differentiable in q, k, v, deterministic. The gradients of shared rows are summed in
+    fp32, in order.
+    Raises ValueError for arguments that do not fit or a back end that cannot serve them, RuntimeError for a back end
+    asked for by name that fails its test.
     """
+    check_name(backend)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q must be (T, H, Dh) and k, v (T, Hk, Dh) with H a multiple of Hk; got {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.dim() != 1:
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must both be (B+1,); got {tuple(cu_seqlens_q.shape)} and "
@@ -244,6 +164,8 @@ def shared_prefix_attention(
         )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None; got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None; got {softcap}")
     out, _ = _attention(
         q,
         k,
@@ -251,8 +173,33 @@ def shared_prefix_attention(
         kv_index,
         cu_seqlens_q,
         cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
         scale,
         -1 if window is None else window,
         0.0 if softcap is None else softcap,
+        backend,
     )
     return out  # type: ignore[no-any-return]
+
+
+def attention_backend(
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    *,
+    heads: int = 32,
+    key_heads: int = 8,
+    head_size: int = 128,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> str:
+    """The name of the back end that serves a model's attention on a device, after its self-test there.
+
+    dtype: default bf16 on CUDA, fp32 on the CPU.  Raises as `shared_prefix_attention` does.
+    """
+    device = torch.device(device)
+    if str(device) == "cuda" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())  # as tensors name it: one test serves both
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return choose(backend, Case(device, dtype, heads, key_heads, head_size, window is not None, softcap is not None))

@@ -13,21 +13,21 @@ SOURCES = PACKAGE.parent / "csrc"  # in a checkout; an installed package has non
 BUILD = "build it with `pip install --no-build-isolation -e .`, torch and a C++ compiler being there"
 
 
-def file_name(torch_version: str) -> str:
-    """Name of the library in the package's folder, for torch's version.
+def file_name(torch_version: str, digest: str) -> str:
+    """Name of a library in the package's folder: which torch it was compiled with, and from which sources.
 
-    C++ extensions fit the torch that they were compiled with and no other, and a checkout may serve several
-    environments.
+    It fits that torch and no other, and a checkout may serve several environments; the wrong library is then known
+    before any of it runs.
     """
-    return f"_C-torch{torch_version}.so"
+    return f"_C-torch{torch_version}-{digest}.so"
 
 
-def build_id(torch_version: str, sources: Path) -> str:
-    """What a library says of itself: the torch that it was compiled with and a digest of its sources."""
+def digest_of(sources: Path) -> str:
+    """Of the names and contents of the C++ files in a folder."""
     digest = hashlib.sha256()
-    for path in sorted(sources.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return f"{torch_version}/{digest.hexdigest()[:16]}"
+    for path in sorted([*sources.glob("*.cpp"), *sources.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def available() -> bool:
@@ -47,30 +47,26 @@ def status() -> str:
         return problem
     variants = ", ".join(torch.ops.selm_fast_cpp.variants())
     bf16 = "has" if mm_serves(torch.bfloat16) else "lacks"
-    return f"{file_name(torch.__version__)} is loaded; the processor runs {variants}, and {bf16} bf16 matmuls in fp32"
+    return f"it is loaded for torch {torch.__version__}; the processor runs {variants}, and {bf16} bf16 matmuls in fp32"
 
 
 @cache
 def _problem() -> str | None:
     """Load the extension -> None, or why that cannot be."""
-    return load(PACKAGE / file_name(torch.__version__), SOURCES)
+    return load(PACKAGE, SOURCES)
 
 
-def load(library: Path, sources: Path) -> str | None:
-    """Load a library whose sources, where they are at hand, are these -> None, or why that cannot be."""
-    if not library.exists():
-        others = sorted(path.name for path in library.parent.glob(file_name("*")))
-        if others:
-            return f"there is {', '.join(others)}, but this is torch {torch.__version__}; {BUILD}"
-        return f"it is not built; {BUILD}"
+def load(folder: Path, sources: Path) -> str | None:
+    """Load the library of a folder that was built from these sources, where there are any -> None, or why not."""
+    version = torch.__version__
+    found = sorted(folder.glob(file_name(version, digest_of(sources) if any(sources.glob("rows*.cpp")) else "*")))
+    if not found and any(folder.glob(file_name(version, "*"))):
+        return f"it was built from other sources than those in {sources}; {BUILD}"
+    if not found:
+        others = ", ".join(sorted(path.name for path in folder.glob(file_name("*", "*"))))
+        return f"there is {others}, but this is torch {version}; {BUILD}" if others else f"it is not built; {BUILD}"
     try:
-        torch.ops.load_library(library)
-        built = torch.ops.selm_fast_cpp.build()
-    except (OSError, RuntimeError, AttributeError) as error:
-        return f"{library.name} cannot be loaded: {error}"
-    built_for = built.partition("/")[0]
-    if built_for != torch.__version__:
-        return f"{library.name} was compiled with torch {built_for}, but this is torch {torch.__version__}; {BUILD}"
-    if sources.is_dir() and built != build_id(torch.__version__, sources):
-        return f"{library.name} was built from other sources than those in {sources}; {BUILD}"
+        torch.ops.load_library(found[0])
+    except (OSError, RuntimeError) as error:
+        return f"{found[0].name} cannot be loaded: {error}"
     return None

@@ -14,7 +14,10 @@ def on_one_thread(one_thread: None) -> None:
     """Every test asks for `one_thread`."""
 
 
-@pytest.fixture(params=["torch", "cpp", "triton"])
+ON_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["torch", "cpp", pytest.param("triton", marks=ON_GPU)])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each back end in turn: Triton on a GPU, or through its interpreter."""
     if request.param == "cpp" and not extension.available():

@@ -34,7 +34,7 @@ def _back_ends(*shapes: tuple[int, int, int]) -> Iterator[Any]:
                 yield pytest.param(*values, marks=[*marks, *([pytest.mark.slow] if slow else [])], id=name)
 
 
-BACK_ENDS = pytest.mark.parametrize(("backend", "dtype"), _back_ends(), indirect=["backend"])
+BACK_ENDS = pytest.mark.parametrize(("backend", "dtype"), list(_back_ends()), indirect=["backend"])
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "dtype", "shape"), _back_ends(*SHAPES), indirect=["backend"])
+@pytest.mark.parametrize(("backend", "dtype", "shape"), list(_back_ends(*SHAPES)), indirect=["backend"])
 def test_errors_at_the_sizes_of_real_heads(
     shape: tuple[int, int, int], dtype: torch.dtype, mode: str, backend: str, device: str
 ) -> None:

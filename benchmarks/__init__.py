@@ -1,0 +1,1 @@
+"""Measurements of the package; nothing here is installed with it."""

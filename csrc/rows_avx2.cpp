@@ -1,0 +1,19 @@
+// The row kernels for processors with AVX2 and FMA.
+#include "rows.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define SELM_LANES 8
+#define SELM_KERNELS avx2_kernels
+#define SELM_NAME "avx2"
+#include "rows_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
