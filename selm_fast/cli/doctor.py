@@ -30,7 +30,7 @@ OPTIONAL = {
     "datasets": "5.0.0",
     "pyarrow": "",
     "tensorboard": "2.20.0",
-    "triton": "",
+    "triton": "3.6.0",
     "flash_attn": "",
     "trl": "1.16.0",
 }
@@ -161,14 +161,19 @@ def _driver() -> str:
 
 def _backends(device: str) -> Iterator[Finding]:
     try:
-        from selm_fast.ops import backends
+        from selm_fast.ops import backends, extension
 
         chosen = backends(device)
+        built, status = extension.available(), extension.status()
     except Exception as error:
         yield Finding("back ends", "selm_fast.ops", "cannot be used", "problem", _one_line(error))
         return
     for op, backend in chosen.items():
         yield Finding("back ends", op, backend)
+    if built:
+        yield Finding("back ends", "extension csrc", "loaded", "ok", status)
+    else:
+        yield Finding("back ends", "extension csrc", "absent", "note", f"{status}; its absence costs speed only")
 
 
 def _one_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from selm_fast.batch import PackedBatch
 from selm_fast.errors import Refused
 from selm_fast.model import support
 from selm_fast.model.attention import NAME, packed_kwargs
-from selm_fast.ops import fused_preference_loss, linear_logprob, sequence_sum
+from selm_fast.ops import attention_backend, fused_preference_loss, linear_logprob, sequence_sum
 
 
 class Policy(nn.Module):
@@ -196,6 +196,20 @@ class Policy(nn.Module):
         )
 
     forward = loss
+
+    def attention_backend(self, dtype: torch.dtype) -> str:
+        """The back end that serves this model's attention in a dtype, on its device."""
+        config = self.model.config
+        heads = config.num_attention_heads
+        return attention_backend(
+            self.head.weight.device,
+            dtype,
+            heads=heads,
+            key_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            window=getattr(config, "sliding_window", None),
+            softcap=getattr(config, "attn_logit_softcapping", None),
+        )
 
     def layers(self) -> nn.ModuleList:
         """The decoder layers. Raises Refused where the body keeps them elsewhere than in `.layers`."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from selm_fast.ops.attention import shared_prefix_attention
+from selm_fast.ops import extension
+from selm_fast.ops.attention import attention_backend, shared_prefix_attention
 from selm_fast.ops.backend import resolve
 from selm_fast.ops.fused_preference_loss import fused_preference_loss
 from selm_fast.ops.linear_logprob import linear_logprob
@@ -13,6 +14,7 @@ from selm_fast.ops.sequence_sum import sequence_sum
 
 __all__ = [
     "Pairs",
+    "attention_backend",
     "backends",
     "fused_preference_loss",
     "linear_logprob",
@@ -23,13 +25,13 @@ __all__ = [
 
 
 def backends(device: str = "cpu") -> dict[str, str]:
-    """Which back end serves each op on a device ("cpu" or "cuda")."""
+    """Which back end serves each op on a device ("cpu" or "cuda"), at the usual dtype and head sizes."""
     rows = resolve("auto", torch.device(device))
     loss = "triton" if rows == "triton" else "torch"
-    attention = "torch flash attention by branch" if device == "cpu" else "torch by branch"
+    exact = device != "cpu" or (rows == "cpp" and extension.mm_serves(torch.bfloat16))
     return {
-        "linear_logprob": rows,
+        "linear_logprob": f"{rows}, bf16 logits in {'fp32' if exact else 'bf16'}",
         "sequence_sum": loss,
         "fused_preference_loss": f"{rows}, {loss}" if rows != loss else rows,
-        "shared_prefix_attention": attention,
+        "shared_prefix_attention": attention_backend(device),
     }

@@ -36,7 +36,7 @@ def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: 
         "max_prompt_length": config.data.max_prompt_length,
         "dtype": str(dtype).removeprefix("torch."),
         "compile": config.model.compile,
-        "ops": ops.backends(device.type),
+        "ops": ops.backends(device.type) | {"shared_prefix_attention": policy.attention_backend(dtype)},
         # Another number of threads cuts a matmul elsewhere and changes its last bit.
         "processor": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         if on_cpu

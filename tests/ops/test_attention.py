@@ -226,6 +226,7 @@ def test_the_fake_kernels_give_shapes_dtypes_and_strides(dtype: torch.dtype, bac
     real = [out, lse, *backward(grad, q, k, v, out, lse, *arguments)]
     q, k, v, grad, out, lse = (t.to("meta") for t in (q, k, v, grad, out, lse))
     meta = [*forward(q, k, v, *arguments), *backward(grad, q, k, v, out, lse, *arguments)]
+    assert ours(rows, backend)(q, k, v).device.type == "meta"
     for fake, value in zip(meta, real, strict=True):
         assert (fake.shape, fake.dtype, fake.stride()) == (value.shape, value.dtype, value.stride())
 

@@ -233,6 +233,31 @@ def test_tanh_error(center: float) -> None:
     assert ((kept.double() - exact).abs() <= 2 * ulp).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+class TestSixteenBits:
+    def test_numbers_are_rounded_as_torch_rounds_them(self, dtype: torch.dtype) -> None:
+        """Every kind of number below 0, through a fold whose largest logit is 0: ties, subnormals, infinity, NaNs."""
+        bits = torch.cat([torch.arange(0, 2**31, 4093), torch.arange(2**12, 2**31, 2**12), torch.tensor([2**31 - 1])])
+        x = (bits - 2**31).int().view(torch.float32).unsqueeze(0)
+        kept, tops = torch.empty_like(x, dtype=dtype), torch.empty(1)
+        fold(rows_cpp, x.clone(), torch.tensor([-100]), nothing_before(x), kept=kept, tops=tops)
+        assert tops.item() == 0
+        exact = x.to(dtype)
+        assert torch.equal(kept.isnan(), exact.isnan()) and exact.isnan().any()
+        assert torch.equal(kept.nan_to_num(), exact.nan_to_num())
+
+    def test_numbers_are_read(self, dtype: torch.dtype) -> None:
+        """All below 0, through a softmax whose peak and log_total are 0."""
+        x = torch.arange(-(2**15), 0).short().view(dtype).unsqueeze(0)
+        zero, out = torch.zeros(1), torch.empty(x.shape)
+        rest = {"bias": None, "scale": 1.0, "softcap": None, "tops": zero, "finished": True}
+        rows_cpp.softmax(x, torch.tensor([-100]), V0, zero, zero, out, **rest)
+        exact = x.float().exp()
+        assert torch.equal(out.isnan(), exact.isnan()) and exact.isnan().any()
+        # exp is 0 here below the least normal number.
+        assert torch.allclose(out.nan_to_num(), exact.nan_to_num(), rtol=3e-7, atol=1.2e-38)
+
+
 class TestFold:
     def test_columns_beyond_the_tile_never_count__verl_2899(self) -> None:
         """The row's end lies within a vector, and the next row's numbers lie behind it."""
