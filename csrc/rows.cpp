@@ -63,14 +63,14 @@ Kind kind_of(const at::Tensor& tensor, const char* name) {
 }
 
 void check_tile(const at::Tensor& tensor, const char* name, int64_t rows, int64_t width) {
-  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == width && tensor.is_contiguous(), name,
-                    " must be contiguous and (", rows, ", ", width, "); got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == width && tensor.is_contiguous(),
+                    name, " must be contiguous and (", rows, ", ", width, "); got ", tensor.sizes());
 }
 
 void check_column(const at::Tensor& tensor, const char* name, int64_t size, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == size && tensor.is_contiguous() && tensor.scalar_type() == dtype,
-                    name, " must be contiguous, ", dtype, " and (", size, "); got ", tensor.scalar_type(), " ",
-                    tensor.sizes());
+  TORCH_CHECK_VALUE(
+      tensor.dim() == 1 && tensor.size(0) == size && tensor.is_contiguous() && tensor.scalar_type() == dtype, name,
+      " must be contiguous, ", dtype, " and (", size, "); got ", tensor.scalar_type(), " ", tensor.sizes());
 }
 
 // Keeps the fp32 copy of the bias alive for as long as the kernels read it.
@@ -113,7 +113,8 @@ void fold_rows(at::Tensor& tile, const at::Tensor& targets, int64_t v0, at::Tens
     check_tile(*kept, "kept", rows, width);
     fold.kept = kept->mutable_data_ptr();
     fold.kept_kind = kind_of(*kept, "kept");
-    TORCH_CHECK_VALUE((fold.kept_kind != Kind::f32) == tops.has_value(), "tops go with a `kept` of 16 bits, and only then");
+    TORCH_CHECK_VALUE((fold.kept_kind != Kind::f32) == tops.has_value(),
+                      "tops go with a `kept` of 16 bits, and only then");
   }
   if (tops.has_value()) {
     TORCH_CHECK_VALUE(kept.has_value(), "tops go with a `kept` of 16 bits, and only then");
@@ -148,8 +149,10 @@ void softmax_rows(const at::Tensor& tile, const at::Tensor& targets, int64_t v0,
   softmax.finished = finished;
   softmax.out = out.mutable_data_ptr();
   softmax.out_kind = kind_of(out, "out");
-  TORCH_CHECK_VALUE(tops.has_value() == (softmax.tile_kind != Kind::f32), "tops go with a tile of 16 bits, and only then");
-  TORCH_CHECK_VALUE(finished || softmax.tile_kind == Kind::f32, "an unfinished tile must be fp32; got ", tile.scalar_type());
+  TORCH_CHECK_VALUE(tops.has_value() == (softmax.tile_kind != Kind::f32),
+                    "tops go with a tile of 16 bits, and only then");
+  TORCH_CHECK_VALUE(finished || softmax.tile_kind == Kind::f32, "an unfinished tile must be fp32; got ",
+                    tile.scalar_type());
   if (tops.has_value()) {
     check_column(*tops, "tops", rows, at::kFloat);
     softmax.tops = tops->const_data_ptr<float>();

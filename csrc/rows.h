@@ -1,5 +1,5 @@
-// The row kernels of the log-prob head: what an instruction set has to offer. No torch headers, and no inline functions:
-// files that are compiled for different instruction sets share this one.
+// The row kernels of the log-prob head: what an instruction set has to offer. No torch headers and no inline functions,
+// for files that are compiled for different instruction sets share this one.
 #pragma once
 
 #include <stdint.h>

@@ -219,7 +219,8 @@ void fold(const Fold& f, int64_t first, int64_t last) {
       if (z[column] != z[column]) sum = z[column];  // but that a NaN shows
     }
     const float higher = top > f.peak[row] ? top : f.peak[row];
-    f.total[row] = static_cast<float>(f.total[row] * weight_under(f.peak[row], higher) + sum * weight_under(top, higher));
+    const double total = f.total[row] * weight_under(f.peak[row], higher) + sum * weight_under(top, higher);
+    f.total[row] = static_cast<float>(total);
     f.peak[row] = higher;
   }
 }

@@ -87,7 +87,6 @@ def run_aot(folder: Path, *flags: str) -> tuple[int, str, str, dict[str, Any]]:
     return done.returncode, done.stdout, done.stderr, json.loads(numbers.read_text()) if numbers.exists() else {}
 
 
-@pytest.mark.slow
 def test_every_kernel_fits_every_architecture(tmp_path: Path) -> None:
     code, printed, errors, numbers = run_aot(tmp_path)
     assert code == 0, errors
