@@ -25,7 +25,7 @@ help: ## this list
 env: .venv/.stamp ## the environment of every day, .venv, with the versions of constraints.txt
 
 # One thread: the matmuls of a model this small are over before a second thread has joined in.
-demo: .venv/.stamp ## SELM from end to end on a small model: three iterations in under three minutes on a CPU
+demo: extension ## SELM from end to end on a small model: three iterations in under three minutes on a CPU
 	.venv/bin/selm-fast run tiny --output_dir runs/demo
 
 # The extension knows the sources that it was built from.
@@ -68,7 +68,7 @@ bench-ops: extension ## times the kernels beside their peers on this machine and
 GPU_PYTHON = $(if $(filter default undefined file,$(origin PYTHON)),python3,$(PYTHON))
 
 gpu-test: ## on a machine with an NVIDIA GPU: builds, runs the gpu tests and times the kernels (PYTHON=its python with torch)
-	"$(GPU_PYTHON)" benchmarks/gpu_test.py
+	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS "$(GPU_PYTHON)" benchmarks/gpu_test.py
 
 clean: ## removes the environments, builds and caches
 	rm -rf .venv .venv-floor .venv-latest build dist *.egg-info selm_fast/_C-*.so

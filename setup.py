@@ -2,7 +2,8 @@
 
 It serves the CPU only: every CUDA kernel is written in Triton and compiled on its first use. It is compiled against the
 torch that can be imported here, so `pip install --no-build-isolation` comes after that of torch. Without torch or a C++
-compiler, and when compilation fails, the install goes on, for the package does the same things without it, more slowly.
+compiler, and when compilation fails, the install goes on: without it the package does the same things on a CPU more
+slowly, and rounds logits in 16 bits.
 SELM_FAST_EXTENSION=0 skips the extension, SELM_FAST_EXTENSION=1 makes its absence an error.
 """
 
@@ -20,7 +21,8 @@ SETTING = os.environ.get("SELM_FAST_EXTENSION", "")
 def absent(why):
     """Say that there will be no extension; an error where one is required."""
     message = (
-        f"selm_fast: the C++ extension of csrc/ is not built, which costs speed on the CPU and nothing else: {why}"
+        "selm_fast: the C++ extension of csrc/ is not built, which on a CPU costs speed, and exactness in 16 bits: "
+        f"{why}"
     )
     if SETTING == "1":
         sys.exit(f"{message} (SELM_FAST_EXTENSION=1 requires it)")
@@ -51,10 +53,12 @@ def extension():
             return os.path.join(*ext_name.split(".")[:-1], library)
 
         def run(self):
-            for folder in (Path(self.build_lib) / "selm_fast", ROOT / "selm_fast"):
-                for old in folder.glob(names.file_name(torch.__version__, "*")):
-                    if old.name != library:
-                        old.unlink()
+            # A wheel takes all that lies in the build folder; the checkout may serve environments with other torches.
+            stale = [*(Path(self.build_lib) / "selm_fast").glob("_C-*.so")]
+            stale += (ROOT / "selm_fast").glob(names.file_name(torch.__version__, "*"))
+            for old in stale:
+                if old.name != library:
+                    old.unlink()
             try:
                 super().run()
             except (Exception, SystemExit) as error:  # compilers, linkers, ninja: each fails in its own way

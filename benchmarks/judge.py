@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
+import torch
 from torch import Tensor
 
 # Allowed error as a multiple of torch's own in the same dtype. Peers may sum weight gradients in bf16 (Liger #1391
@@ -36,6 +37,7 @@ class Contestant:
     flops: float  # what it has to do, and the bytes it has to move
     moved: float
     call: Run
+    shown: Callable[[tuple[Tensor, ...]], dict[str, Tensor]]  # what of its results is checked
 
     @property
     def label(self) -> str:

@@ -8,6 +8,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,19 +78,21 @@ def versions() -> dict[str, str | None]:
 def commit() -> dict[str, Any]:
     """The commit, whether the tree differs from it, and a digest of the sources, which a copy without git has too.
 
-    -> {"id": hex | None, "dirty": bool | None, "sources": sha256}. Results themselves do not make the tree dirty.
+    -> {"id": hex | None, "dirty": bool | None, "sources": sha256}. Results themselves do not make the tree dirty. Where
+    there is no .git, SELM_FAST_COMMIT gives the id.
     """
-    found: dict[str, Any] = {"id": _git("rev-parse", "HEAD"), "dirty": None, "sources": sources_digest(ROOT)}
-    if found["id"] is not None:
+    found: dict[str, Any] = {"id": None, "dirty": None, "sources": sources_digest(ROOT)}
+    if not (ROOT / ".git").exists():
+        found["id"] = os.environ.get("SELM_FAST_COMMIT") or None
+    else:
+        found["id"] = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
         found["dirty"] = None if changes is None else bool(changes)
     return found
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command that changes nothing; None where it fails, or where ROOT is in another repository."""
-    if not (ROOT / ".git").exists():
-        return None
+    """Output of a git command that changes nothing; None where it fails."""
     command = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -121,14 +125,38 @@ def results_folder() -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a result; a number that is not finite becomes null, which JSON has no other word for."""
+    """Write a result, its texts portable; a number that is not finite becomes null: JSON has no other word for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", "utf-8")
+    path.write_text(json.dumps(_writable(value), indent=1, allow_nan=False) + "\n", "utf-8")
 
 
-def _finite(value: Any) -> Any:
+def portable(text: str) -> str:
+    """A text without the places of this machine: python for the interpreter, paths relative to ROOT, the rest named."""
+    places = {
+        sys.executable: "python",
+        str(ROOT): ".",
+        os.environ.get("OUT", ""): "$OUT",
+        tempfile.gettempdir(): "$TMPDIR",
+        sys.prefix: "PREFIX",
+        str(Path.home()): "~",
+    }
+    for place in sorted(places, key=len, reverse=True):  # one may lie in another
+        if not Path(place).is_absolute() or place == "/":
+            continue
+        name, folder = places[place], re.escape(place.rstrip("/"))
+        # As a whole path or as the beginning of one; -I and -L stand right before the paths that a compiler is given.
+        begin, end = r"(?:(?<![\w./-])|(?<=-[IL]))", r"(?![\w-]|\.\w)"
+        if name == ".":
+            text = re.sub(rf"{begin}{folder}/(?=[\w.])", "", text)
+        text = re.sub(rf"{begin}{folder}{end}", lambda _, name=name: name, text)
+    return text
+
+
+def _writable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _writable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_writable(item) for item in value]
+    if isinstance(value, str):
+        return portable(value)
     return None if isinstance(value, float) and not abs(value) < float("inf") else value

@@ -173,7 +173,8 @@ def _backends(device: str) -> Iterator[Finding]:
     if built:
         yield Finding("back ends", "extension csrc", "loaded", "ok", status)
     else:
-        yield Finding("back ends", "extension csrc", "absent", "note", f"{status}; its absence costs speed only")
+        remark = f"{status}; its absence costs speed, and exactness in bf16"
+        yield Finding("back ends", "extension csrc", "absent", "note", remark)
 
 
 def _one_line(error: Exception) -> str:

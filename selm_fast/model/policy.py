@@ -198,18 +198,22 @@ class Policy(nn.Module):
     forward = loss
 
     def attention_backend(self, dtype: torch.dtype) -> str:
-        """The back end that serves this model's attention in a dtype, on its device."""
+        """The back ends that serve this model's layers in a dtype, on its device: with a window, and without."""
         config = self.model.config
         heads = config.num_attention_heads
-        return attention_backend(
-            self.head.weight.device,
-            dtype,
-            heads=heads,
-            key_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            window=getattr(config, "sliding_window", None),
-            softcap=getattr(config, "attn_logit_softcapping", None),
-        )
+        names = [
+            attention_backend(
+                self.head.weight.device,
+                dtype,
+                heads=heads,
+                key_heads=getattr(config, "num_key_value_heads", None) or heads,
+                head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+                window=window,
+                softcap=getattr(config, "attn_logit_softcapping", None),
+            )
+            for window in dict.fromkeys((None, getattr(config, "sliding_window", None)))
+        ]
+        return ", ".join(dict.fromkeys(names))
 
     def layers(self) -> nn.ModuleList:
         """The decoder layers. Raises Refused where the body keeps them elsewhere than in `.layers`."""

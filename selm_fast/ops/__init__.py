@@ -24,8 +24,12 @@ __all__ = [
 ]
 
 
-def backends(device: str = "cpu") -> dict[str, str]:
-    """Which back end serves each op on a device ("cpu" or "cuda"), at the usual dtype and head sizes."""
+def backends(device: str = "cpu", *, attention: str | None = None) -> dict[str, str]:
+    """Which back end serves each op on a device ("cpu" or "cuda").
+
+    attention: what serves a model's own attention, where that is known; otherwise it is asked for at the usual dtype
+        and head sizes.
+    """
     rows = resolve("auto", torch.device(device))
     loss = "triton" if rows == "triton" else "torch"
     exact = device != "cpu" or (rows == "cpp" and extension.mm_serves(torch.bfloat16))
@@ -33,5 +37,5 @@ def backends(device: str = "cpu") -> dict[str, str]:
         "linear_logprob": f"{rows}, bf16 logits in {'fp32' if exact else 'bf16'}",
         "sequence_sum": loss,
         "fused_preference_loss": f"{rows}, {loss}" if rows != loss else rows,
-        "shared_prefix_attention": attention_backend(device),
+        "shared_prefix_attention": attention or attention_backend(device),
     }

@@ -28,7 +28,7 @@ def _attention(
         return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
     scores = _scores(scale, window, softcap)
     with torch.autocast(q.device.type, enabled=False):  # it would round what is meant to be fp32
-        return _chosen(backend, q, k, scores).forward(q, k, v, layout, scores)
+        return _chosen(backend, q, k, scores).forward(_rows(q), k, v, layout, scores)
 
 
 @_attention.register_fake
@@ -51,7 +51,7 @@ def _attention_backward(
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scores = _scores(scale, window, softcap)
     with torch.autocast(q.device.type, enabled=False):
-        return _chosen(backend, q, k, scores).backward(grad, q, k, v, out, lse, layout, scores)
+        return _chosen(backend, q, k, scores).backward(_rows(grad), _rows(q), k, v, out, lse, layout, scores)
 
 
 @_attention_backward.register_fake
@@ -62,6 +62,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     return dq, dk, dv
+
+
+def _rows(t: Tensor) -> Tensor:
+    """With a head's numbers side by side, as kernels for GPUs want them; keys and values are gathered so."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _scores(scale: float, window: int, softcap: float) -> Scores:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -82,16 +83,23 @@ def _varlen_attn() -> tuple[Callable[..., Any], Any, dict[str, bool]]:
     return varlen_attn, AuxRequest(lse=True), {"enable_gqa": True} if has_flag else {}
 
 
+_switching = threading.Lock()  # autograd has a thread for each device
+
+
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Let torch's flash kernels add up dq in a fixed order: they read this from the global switch alone.
 
     Not torch.use_deterministic_algorithms, which sets inductor's configuration, too.
     """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch._C._set_deterministic_algorithms(True, warn_only=False)
-    try:
-        yield
-    finally:
-        torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
+    with _switching:
+        enabled = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = filled and enabled  # type: ignore[attr-defined]
+        torch._C._set_deterministic_algorithms(True, warn_only=False)
+        try:
+            yield
+        finally:
+            torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
+            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""The optional C++ extension of csrc/: found, checked and loaded once. Its absence costs nothing but speed."""
+"""The optional C++ extension of csrc/: found, checked and loaded once.
+
+Its absence costs speed on a CPU, and exactness in 16 bits, where logits are then rounded.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +53,29 @@ def status() -> str:
     return f"it is loaded for torch {torch.__version__}; the processor runs {variants}, and {bf16} bf16 matmuls in fp32"
 
 
-@cache
+def library() -> str | None:
+    """Name of the loaded library, which tells of its torch and its sources; None where none is loaded."""
+    found = _loaded()
+    return found.name if isinstance(found, Path) else None
+
+
 def _problem() -> str | None:
-    """Load the extension -> None, or why that cannot be."""
+    found = _loaded()
+    return found if isinstance(found, str) else None
+
+
+@cache
+def _loaded() -> Path | str:
+    """Load the extension -> the library, or why there is none."""
     return load(PACKAGE, SOURCES)
 
 
-def load(folder: Path, sources: Path) -> str | None:
-    """Load the library of a folder that was built from these sources, where there are any -> None, or why not."""
+def load(folder: Path, sources: Path) -> Path | str:
+    """Load the library of a folder that was built from these sources, where there are any -> it, or why not."""
     version = torch.__version__
-    found = sorted(folder.glob(file_name(version, digest_of(sources) if any(sources.glob("rows*.cpp")) else "*")))
+    # Beside a setup.py the sources are this package's; site-packages may have a csrc of anybody's.
+    in_checkout = (sources.parent / "setup.py").is_file() and sources.is_dir()
+    found = sorted(folder.glob(file_name(version, digest_of(sources) if in_checkout else "*")))
     if not found and any(folder.glob(file_name(version, "*"))):
         return f"it was built from other sources than those in {sources}; {BUILD}"
     if not found:
@@ -69,4 +85,4 @@ def load(folder: Path, sources: Path) -> str | None:
         torch.ops.load_library(found[0])
     except (OSError, RuntimeError) as error:
         return f"{found[0].name} cannot be loaded: {error}"
-    return None
+    return found[0]

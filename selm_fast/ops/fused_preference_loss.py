@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from selm_fast.ops.backend import Backend, resolve
-from selm_fast.ops.head import Head, fold_forward, keeps
+from selm_fast.ops.head import Head, accumulator, fold_forward, keeps
 from selm_fast.ops.linear_logprob import (
     Mode,
     backward_op,
@@ -49,7 +49,8 @@ def _op(
     """-> loss () fp64, metrics (11, G) fp64, slopes (S,) fp64 = d loss / d log-prob, and the fields of `Folded`."""
     check_targets(targets, weight.shape[0], None)
     check_covers(cu_responses, hidden.shape[0])
-    _check_roles(torch.stack([chosen, rejected, explored]), reference.shape[0])
+    if hidden.device.type == "cpu":  # elsewhere, reading them would stop the device
+        _check_roles(torch.stack([chosen, rejected, explored]), reference.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         state = fold_forward(hidden, Head(weight, bias, softcap or None, scale, backend), targets, keep)
         policy = sum_by_sequence(state.logps(), cu_responses, backend)
@@ -114,12 +115,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 @once_differentiable
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 17
+        return (None,) * len(ctx.needs_input_grad)
     cu_responses, slopes, hidden, *saved = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    token_grads = spread((grad * slopes).float(), cu_responses, hidden.shape[0])
+    token_grads = spread((grad * slopes).to(accumulator(hidden.dtype)), cu_responses, hidden.shape[0])
     grads = backward_op(token_grads, hidden, *saved, *ctx.settings, *needs, ctx.backend)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 14)
+    unasked = len(ctx.needs_input_grad) - len(needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * unasked)
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
@@ -146,7 +148,7 @@ def fused_preference_loss(
     """`preference_loss` of `sequence_sum` of `linear_logprob` as one autograd node.
 
     The loss is at hand with the last tile of the forward pass, and with it every sequence's gradient: no log-prob of a
-    token and no sum waits in the graph, and on CUDA all that follows the head is three kernel launches.
+    token and no sum waits in the graph, and on CUDA three launches lead from the tokens' log-probs to all of it.
 
     hidden: (N, D) fp32|bf16|fp16, the state that predicts each target.  weight: (V, D).  targets: (N,) in [0, V).
     cu_responses: (S+1,) integer; sequence s holds rows cu_responses[s] to cu_responses[s+1], from 0 to N.
@@ -161,6 +163,12 @@ def fused_preference_loss(
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_tensors(hidden, weight, targets, bias)
     check_offsets(cu_responses)
+    others = (cu_responses, pairs.chosen, pairs.rejected, pairs.explored, reference_logps)
+    if any(t.device != hidden.device for t in others):
+        raise ValueError(
+            f"cu_responses, pairs and reference_logps must be on the device of hidden, {hidden.device}; got "
+            f"{', '.join(str(t.device) for t in others)}"
+        )
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, D); got {tuple(hidden.shape)}")
     if reference_logps.shape != (cu_responses.shape[0] - 1,):
@@ -191,9 +199,7 @@ def fused_preference_loss(
 
 
 def _check_roles(roles: Tensor, num_sequences: int) -> None:
-    """Raise ValueError where indices on the CPU lie outside the sequences or two groups share one: roles (3, G)."""
-    if roles.device.type != "cpu":
-        return  # reading them would stop the device
+    """Raise ValueError where indices lie outside the sequences or two groups share one: roles (3, G)."""
     lowest = torch.tensor([[0], [0], [-1]])
     if ((roles < lowest) | (roles >= num_sequences)).any():
         raise ValueError(

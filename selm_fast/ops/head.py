@@ -21,6 +21,7 @@ from selm_fast.ops.rows import row_kernels
 # empty, and `recompute` stays below half a GB at D = 4096. CPU: a tile of 8 MiB lies in a last-level cache.
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 TILE_VOCAB = {"cpu": 2048, "cuda": 6144}
+BIAS_ROWS = 512  # of a tile, widened to fp32 at a time for the gradient of a bias
 # `auto` keeps the logits up to this size. A constant, not a share of free memory: the same command must take the same
 # path.
 KEEP_BUDGET_BYTES = 2 * 2**30
@@ -186,7 +187,8 @@ def fold_backward(
             if scaled is not None:
                 matmul(share.t(), scaled[r0:r1], dw, accumulate=r0 > 0, backend=backend)
             if db is not None:
-                db -= share.t().to(high) @ grad[r0:r1].unsqueeze(1)
+                for s0, s1 in _edges(r1 - r0, BIAS_ROWS):
+                    db -= share[s0:s1].t().to(high) @ grad[r0 + s0 : r0 + s1].unsqueeze(1)
         if need_weight:
             if not row_tiles:
                 dw.zero_()

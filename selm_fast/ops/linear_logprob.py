@@ -131,10 +131,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 @once_differentiable
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * len(ctx.needs_input_grad)
     needs = ctx.needs_input_grad[:3]
     grads = backward_op(grad, *ctx.saved_tensors, *ctx.settings, *needs, ctx.backend)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6)
+    unasked = len(ctx.needs_input_grad) - len(needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * unasked)
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
@@ -165,7 +166,7 @@ def linear_logprob(
     backend: "auto" | "torch" | "triton" | "cpp": what computes the rows between the matmuls.
     Returns (...) fp32, 0 where ignored; differentiable in hidden, weight and bias, which may be frozen one by one.
     Accuracy: logsumexp and target logit from fp32; on a CPU without a GEMM of 16-bit operands and fp32 results (see
-    `selm-fast doctor`) each *other* logit is rounded to the inputs' dtype.
+    `selm-fast doctor`) each *other* logit, and each tile's part of a gradient, is rounded to the inputs' dtype.
     Raises ValueError for shapes, dtypes or settings that do not fit, for a sharded weight (DTensor) and for a back end
     that cannot run; IndexError (on the CPU; a device-side assertion on CUDA) for a target outside [0, V).
     """

@@ -179,7 +179,7 @@ def check_groups(
         raise ValueError(f"beta must be finite and > 0; got {beta}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5); got {label_smoothing}")
-    if not math.isfinite(exploration_weight):
+    if not -math.inf < exploration_weight < math.inf:  # torch.compile does not follow math.isfinite
         raise ValueError(f"exploration_weight must be finite; got {exploration_weight}")
     if num_groups is not None and num_groups < 1:
         raise ValueError(f"num_groups must be at least 1; got {num_groups}")

@@ -1,4 +1,4 @@
-"""Sums of token log-probs by sequence, in fp64: the order of addition is that of the tokens, whatever the pack."""
+"""Sums of token log-probs by sequence, in fp64: the order of addition depends on the sequence alone, not the pack."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -18,8 +19,14 @@ from selm_fast.training.masters import weights_digest
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {module.__name__: module.__version__ for module in (selm_fast, torch, transformers)}
+    """Of what computes; "" for a library that is not there."""
+    found = {module.__name__: module.__version__ for module in (selm_fast, torch, transformers)}
+    for name in ("triton", "flash_attn", "flash_attn_3") if torch.version.cuda else ():
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found | {"csrc": ops.extension.library() or ""}
 
 
 def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
@@ -36,7 +43,7 @@ def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: 
         "max_prompt_length": config.data.max_prompt_length,
         "dtype": str(dtype).removeprefix("torch."),
         "compile": config.model.compile,
-        "ops": ops.backends(device.type) | {"shared_prefix_attention": policy.attention_backend(dtype)},
+        "ops": ops.backends(device.type, attention=policy.attention_backend(dtype)),
         # Another number of threads cuts a matmul elsewhere and changes its last bit.
         "processor": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         if on_cpu

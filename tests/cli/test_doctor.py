@@ -106,7 +106,7 @@ def test_a_gpu_is_shown_with_its_memory_and_driver(capsys) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    assert main(["doctor"]) == 0
+    main(["doctor"])  # where other packages are missing this machine cannot train, and the GPU is shown all the same
     found = row(capsys.readouterr().out, "cuda:0")
     assert torch.cuda.get_device_name(0) in found[2] and "capability" in found[2] and found[3] == "ok"
 

@@ -317,16 +317,34 @@ def test_layers_in_another_place_are_refused_where_they_are_needed() -> None:
         policy.compile_layers()
 
 
+@pytest.mark.parametrize("method", ["token_logps", "loss"])
 @pytest.mark.parametrize("head_mode", ["keep", "recompute"])
-def test_the_head_runs_in_the_mode_that_is_asked_for(head_mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_runs_in_the_mode_that_is_asked_for(
+    head_mode: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     module = __import__("selm_fast.model.policy", fromlist=["policy"])
-    original = module.linear_logprob
+    name = {"token_logps": "linear_logprob", "loss": "fused_preference_loss"}[method]
+    original = getattr(module, name)
 
-    def spy(*args: Any, **kwargs: Any) -> Tensor:
+    def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs["mode"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, "linear_logprob", spy)
-    Policy(tiny_model(), head_mode=head_mode).token_logps(pack(some_groups(2))[0])
+    monkeypatch.setattr(module, name, spy)
+    batch = pack(some_groups(2))[0]
+    policy = Policy(tiny_model(), head_mode=head_mode)
+    if method == "loss":
+        policy.loss(batch, torch.zeros(len(batch.sequence_keys), dtype=torch.float64), beta=0.1)
+    else:
+        policy.token_logps(batch)
     assert seen == [head_mode]
+
+
+def test_the_loss_is_one_node_above_the_hidden_states() -> None:
+    batch = pack(some_groups(2))[0]
+    policy = Policy(tiny_model())
+    loss, _ = policy.loss(batch, torch.zeros(len(batch.sequence_keys), dtype=torch.float64), beta=0.1)
+    assert "fused_preference_loss" in loss.grad_fn.name()
+    following = [node.name() for node, _ in loss.grad_fn.next_functions if node is not None]
+    assert sorted(following) == ["IndexSelectBackward0", "torch::autograd::AccumulateGrad"]

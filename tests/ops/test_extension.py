@@ -37,18 +37,23 @@ class TestLoaded:
         assert variants[-1] == "any"
 
     def test_one_of_other_sources_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "rows.cpp").write_text("// newer\n")
-        problem = extension.load(extension.PACKAGE, tmp_path)
-        assert problem is not None and "other sources" in problem
+        sources = tmp_path / "csrc"
+        sources.mkdir()
+        (sources / "rows.cpp").write_text("// newer\n")
+        assert isinstance(extension.load(extension.PACKAGE, sources), Path)  # anybody's csrc in site-packages
+        (tmp_path / "setup.py").touch()
+        problem = extension.load(extension.PACKAGE, sources)
+        assert isinstance(problem, str) and "other sources" in problem
 
     def test_without_sources_there_is_nothing_to_compare(self, tmp_path: Path) -> None:
-        assert extension.load(extension.PACKAGE, tmp_path / "csrc") is None
+        library = extension.load(extension.PACKAGE, tmp_path / "csrc")
+        assert isinstance(library, Path) and library.name == extension.library()
 
     def test_one_for_another_torch_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         version = torch.__version__
         monkeypatch.setattr(torch, "__version__", "9.8.7")
         problem = extension.load(extension.PACKAGE, tmp_path / "csrc")
-        assert problem is not None
+        assert isinstance(problem, str)
         assert f"_C-torch{version}-" in problem and "but this is torch 9.8.7" in problem
 
     def test_nothing_is_loaded_before_it_is_asked_for(self) -> None:
@@ -63,12 +68,12 @@ class TestLoaded:
 class TestAbsent:
     def test_never_built(self, tmp_path: Path) -> None:
         problem = extension.load(tmp_path, tmp_path / "csrc")
-        assert problem is not None and problem.startswith("it is not built")
+        assert isinstance(problem, str) and problem.startswith("it is not built")
 
     def test_no_library_at_all(self, tmp_path: Path) -> None:
         (tmp_path / extension.file_name(torch.__version__, "123")).write_bytes(b"no library")
         problem = extension.load(tmp_path, tmp_path / "csrc")
-        assert problem is not None and problem.startswith(f"_C-torch{torch.__version__}-123.so cannot be loaded: ")
+        assert isinstance(problem, str) and problem.startswith(f"_C-torch{torch.__version__}-123.so cannot be loaded: ")
 
     def test_every_byte_of_the_sources_counts(self, tmp_path: Path) -> None:
         first, second = tmp_path / "a.cpp", tmp_path / "b.h"

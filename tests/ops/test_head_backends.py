@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,39 +11,13 @@ from torch import Tensor
 
 from selm_fast.ops import linear_logprob
 from tests.ops.head_cases import HEADS, V, assert_as_good_as_torch, by_torch, make, run
+from tests.ops.places import BACK_ENDS, back_ends
 
 head_module = importlib.import_module("selm_fast.ops.head")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = pytest.mark.parametrize("mode", ["keep", "recompute"])
 # (N, D, V): nothing is a multiple of anything, real vocabularies, and a hidden size above every block.
 SHAPES = [(3, 47, 123), (193, 70, 517), (129, 64, 50257), (64, 64, 151936), (7, 5003, 130)]
-
-
-def _back_ends(*shapes: tuple[int, int, int]) -> Iterator[Any]:
-    """(backend, dtype), with shapes where given; Triton in 16 bits needs a GPU.
-
-    Large vocabularies take long in Triton's interpreter, and in fp16 on most CPUs.
-    """
-    on_gpu = torch.cuda.is_available()
-    for backend in ("torch", "cpp", "triton"):
-        for dtype in DTYPES:
-            marks = [pytest.mark.gpu] if backend == "triton" and dtype != torch.float32 else []
-            for shape in shapes or [None]:
-                large = shape is not None and shape[2] > 10_000
-                slow = large and not on_gpu and (backend == "triton" or dtype == torch.float16)
-                values = (backend, dtype) if shape is None else (backend, dtype, shape)
-                name = "-".join([backend, str(dtype).removeprefix("torch."), *map(str, shape or ())])
-                yield pytest.param(*values, marks=[*marks, *([pytest.mark.slow] if slow else [])], id=name)
-
-
-BACK_ENDS = pytest.mark.parametrize(("backend", "dtype"), list(_back_ends()), indirect=["backend"])
-
-
-@pytest.fixture(autouse=True)
-def _gpu(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a GPU: Triton's interpreter rounds fp32 to 16 bits by cutting")
 
 
 @pytest.fixture
@@ -56,7 +29,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "dtype", "shape"), list(_back_ends(*SHAPES)), indirect=["backend"])
+@pytest.mark.parametrize(("backend", "dtype", "shape"), back_ends(*SHAPES), indirect=["backend"])
 def test_errors_at_the_sizes_of_real_heads(
     shape: tuple[int, int, int], dtype: torch.dtype, mode: str, backend: str, device: str
 ) -> None:
@@ -233,6 +206,17 @@ def test_vocabularies_around_the_edges_of_tiles(vocab: int, backend: str, device
         got = run(linear_logprob, inputs, mode=mode, backend=backend)
         for name, value in run(by_torch, inputs, high=True).items():
             torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@MODES
+def test_a_bias_counts_once_however_large_the_hidden_size(mode: str, backend: str, device: str) -> None:
+    """A kernel that walks the hidden size in blocks may add it in each (cut-cross-entropy #53)."""
+    inputs = make(rows=5, size=2500, vocab=140, device=device, with_bias=True)
+    inputs["bias"] *= 3
+    got = run(linear_logprob, inputs, mode=mode, backend=backend)
+    for name, value in run(by_torch, inputs, high=True).items():
+        torch.testing.assert_close(got[name].double(), value, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -230,8 +230,14 @@ def test_digest_is_that_of_the_same_settings_only(digest_of: Callable[..., str],
             patch.setattr(module, "__version__", "99.0.0")
             digests[f"version of {module.__name__}"] = digest_of()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "backends", lambda kind: {"linear_logprob": "another"})
+        patch.setattr(ops, "backends", lambda kind, attention: {"linear_logprob": "another"})
         digests["back end"] = digest_of()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "attention_backend", lambda self, dtype: "another")
+        digests["attention"] = digest_of()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops.extension, "library", lambda: "_C-another.so")
+        digests["extension"] = digest_of()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
         digests["processor"] = digest_of()
