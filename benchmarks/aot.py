@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import pkgutil
 import re
@@ -32,13 +31,15 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when a kernel's module is imported
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import selm_fast.ops
+from benchmarks import machine
 
 # Shared memory of a program at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -194,9 +195,12 @@ def main() -> int:
     ]
     print(table(rows))
     if chosen.json:
-        versions = {"triton": triton.__version__, "torch": str(torch.__version__)}
-        numbers = {"versions": versions, "kernels": [asdict(row) for row in rows], "faults": faults}
-        chosen.json.write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
+        facts = {
+            "commit": machine.commit(),
+            "machine": machine.machine("cpu"),
+            "versions": machine.versions() | {"triton": triton.__version__},
+        }
+        machine.write_json(chosen.json, facts | {"kernels": [asdict(row) for row in rows], "faults": faults})
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0

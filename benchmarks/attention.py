@@ -106,6 +106,7 @@ def check(device: str, dtype: str) -> Iterator[Checked]:
                 flops=forward_flops * (1.0 if kind == NO_GRAD else 3.5),
                 moved=(q.nbytes + k.nbytes) * (2.0 if kind == NO_GRAD else 6.0),
                 call=call,
+                shown=_named,
             )
             errors = partial(_errors, expected)
             yield hold(contestant, errors, torchs, dtype, is_yardstick=not contestant.ours)
@@ -123,8 +124,9 @@ def unchecked(reason: str) -> Checked:
         flops=0.0,
         moved=0.0,
         call=tuple,
+        shown=_named,
     )
-    return Checked(contestant=contestant, errors={}, of_torchs={}, problems=[reason])
+    return Checked(contestant=contestant, errors={}, of_torchs={}, problems=[reason], results={})
 
 
 def _op(q: Tensor, k: Tensor, v: Tensor, packed: Packed, backend: str) -> Tensor:
@@ -149,8 +151,12 @@ def _forward_and_backward(forward: Forward, tensors: tuple[Tensor, ...], upstrea
 
 
 def _errors(expected: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> dict[str, float]:
-    names = ("output", "q", "k", "v")
-    return {name: relative_error(got, right) for name, got, right in zip(names, outputs, expected, strict=False)}
+    right = _named(expected)
+    return {name: relative_error(got, right[name]) for name, got in _named(outputs).items()}
+
+
+def _named(outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return dict(zip(("output", "q", "k", "v"), outputs, strict=False))
 
 
 def _pairs(packed: Packed) -> float:

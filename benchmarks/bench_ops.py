@@ -3,13 +3,14 @@
     python benchmarks/bench_ops.py                                  # the CPU, or --device cuda
     python benchmarks/bench_ops.py --shape 1024,2048,32000 --dtype fp32 --repeats 7 --json results.json
 
-Every contestant computes on the same random inputs and is held against float64 first: none that is wrong has its speed
-shown, and if it is one of this package's the exit code is 1. Then all take turns, round after round; a figure is the
-median of the rounds, of CUDA events or, on a CPU, of CPU time of the process and of wall time. Error: the largest of
-output and gradients, as a multiple of torch eager's own. GEMMs: time in units of one matmul of hidden by weight, timed
-in the same rounds. Roofline: the least time for the contestant's matmuls, or for the bytes of inputs and outputs, at
-the peak rates that a large matmul and a large copy showed in the same rounds, as a share of its own. Extra memory: the
-peak above inputs and outputs, on a CPU that of a process of its own.
+Every contestant computes on the same random inputs and is held against float64 first, its output and sampled rows of
+gradients: none that is wrong has its speed shown, and if it is one of this package's the exit code is 1. Then all take
+turns, round after round; a figure is the median of the rounds, of CUDA events or, on a CPU, of CPU time of the process
+and of wall time. After the last round this package's must give what was checked again, to the bit, or they count as
+wrong. Error: the largest of output and gradients, as a multiple of torch eager's own. GEMMs: time in units of one
+matmul of hidden by weight, timed in the same rounds. Roofline: the least time for the contestant's matmuls, or for the
+bytes of inputs and outputs, at the peak rates that a large matmul and a large copy showed in the same rounds, as a share
+of its own. Extra memory: the peak above inputs and outputs, on a CPU that of a process of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import attention, cases, machine, measure, targets
 from benchmarks.exact import DTYPES, Shape, exact, make_inputs
-from benchmarks.judge import Checked, Contestant, NoYardstick
+from benchmarks.judge import Checked, Contestant, NoYardstick, unrepeated
+from selm_fast.ops import backends, extension
 
 SHAPES = {"cpu": Shape(1024, 2048, 32000), "cuda": Shape(8192, 4096, 128256)}
 DEFAULT_DTYPES = {"cpu": "fp32,bf16", "cuda": "bf16"}
@@ -56,6 +58,9 @@ def measure_ops(device: str, shape: Shape, dtype: str, repeats: int, *, memory: 
     samples = measure.interleaved(turns, repeats, device)
     peaks = measure.peaks({name: (amount, samples[name]) for name, (_, amount) in work.items()})
     del logits, turns, work
+    for checked in everyone:
+        if checked.contestant.ours and not checked.problems:
+            checked.problems.extend(unrepeated(checked))
 
     rows = []
     for checked in everyone:
@@ -72,6 +77,8 @@ def measure_ops(device: str, shape: Shape, dtype: str, repeats: int, *, memory: 
         "dtype": dtype,
         "shape": {"N": shape.N, "D": shape.D, "V": shape.V},
         "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "bf16_in_fp32": device == "cuda" or extension.mm_serves(torch.bfloat16),
         "peaks": {"matmul_flop_per_s": peaks.matmul, "copy_bytes_per_s": peaks.copy},
         "gemm": timings(samples["gemm"], samples["gemm"]),
         "rows": rows,
@@ -86,6 +93,14 @@ def attentions(device: str, dtype: str) -> list[Checked]:
         return list(attention.check(device, dtype))
     except Exception as error:
         return [attention.unchecked(f"it cannot be checked: {type(error).__name__}: {error}")]
+
+
+def backends_in_use(device: str) -> dict[str, str]:
+    """What serves each op; trouble in finding out is told, and leaves the ops their results."""
+    try:
+        return backends(device)
+    except Exception as error:
+        return {"unknown": f"{type(error).__name__}: {error}"}
 
 
 def extra_bytes(contestant: Contestant, device: str, shape: Shape, dtype: str) -> int | None:
@@ -165,7 +180,7 @@ def table(run: dict[str, Any]) -> Iterator[str]:
     for name, reason in run["missing"].items():
         yield f"Left out: {name}: {reason}"
     for target in run["targets"]:
-        verdict = {None: "not measured", True: "met", False: "MISSED"}[target["met"]]
+        verdict = {None: target["why"], True: "met", False: "MISSED"}[target["met"]]
         figures = (f"{target[key]:.4g}" if target[key] is not None else "-" for key in ("measured", "bound"))
         yield "Target {}: {}, at most {}: {}".format(target["target"], *figures, verdict)
     yield ""
@@ -208,9 +223,14 @@ def main(arguments: list[str] | None = None) -> int:
         "commit": machine.commit(),
         "machine": machine.machine(args.device),
         "versions": machine.versions(),
+        "backends": backends_in_use(args.device),
+        "extension": extension.status(),
         "runs": [],
     }
+    served = "; ".join(f"{op}: {backend}" for op, backend in results["backends"].items())
+    print(f"Back ends: {served}. Extension: {results['extension']}.\n")
     wrong = []
+    verdicts: dict[str, bool | None] = {}
     for dtype in args.dtype:
         try:
             run = measure_ops(args.device, args.shape, dtype, args.repeats, memory=not args.no_memory)
@@ -220,8 +240,11 @@ def main(arguments: list[str] | None = None) -> int:
         results["runs"].append(run)
         print("\n".join(table(run)), flush=True)
         wrong += [(row["op"], row["name"], row["problems"]) for row in run["rows"] if row["ours"] and row["problems"]]
+        verdicts |= {f"{target['target']} ({dtype})": target["met"] for target in run["targets"]}
         machine.write_json(args.json, results)
     print(f"written: {args.json}")
+    if verdicts:
+        print(targets.summary(verdicts))
     for op, name, problems in wrong:
         print(f"WRONG: {op}, {name}: {'; '.join(problems)}")
     return 1 if wrong else 0

@@ -151,6 +151,12 @@ def errors(case: Case, entrant: Entrant, exact: Exact, outputs: tuple[Tensor, ..
     return found
 
 
+def shown(rows: Tensor, vocab: Tensor, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What is held against float64: the output, and of the gradients these rows."""
+    gradients = {name: got[at] for name, got, at in zip(("hidden", "weight"), outputs[1:], (rows, vocab), strict=False)}
+    return {"output": outputs[0]} | gradients
+
+
 CASES: dict[str, Callable[..., Case]] = {
     "linear_logprob": linear_logprob_case,
     "fused_preference_loss": preference_case,
@@ -181,6 +187,7 @@ def check(case: Case, exact: Exact, dtype: str) -> Iterator[Checked]:
                     flops=flops,
                     moved=moved,
                     call=call,
+                    shown=partial(shown, exact.rows, exact.vocab),
                 ),
                 partial(errors, case, entrant, exact),
                 torchs,

@@ -53,6 +53,7 @@ class Checked:
     errors: dict[str, float]  # relative, by output and gradient
     of_torchs: dict[str, float]  # as multiples of torch's own
     problems: list[str]  # what is wrong with it, in words; empty where it may be timed
+    results: dict[str, Tensor]  # what was checked, of one of ours: later runs must give the same bits
 
 
 def hold(
@@ -69,12 +70,14 @@ def hold(
     """
     found: dict[str, float] = {}
     try:
-        found = errors(contestant.call())
+        outputs = contestant.call()
+        found = errors(outputs)
+        results = contestant.shown(outputs) if contestant.ours else {}
     except Exception as error:  # a peer may raise anything, and so may a driver
-        reason = f"it cannot run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = _cannot_run(error)
         if is_yardstick:
             raise NoYardstick(f"{contestant.label}, the yardstick of every error: {reason}") from error
-        return Checked(contestant=contestant, errors={}, of_torchs={}, problems=[reason])
+        return Checked(contestant=contestant, errors={}, of_torchs={}, problems=[reason], results={})
     if is_yardstick:
         torchs |= found
         if not all(error <= CEILING[dtype] for error in found.values()):
@@ -85,7 +88,32 @@ def hold(
         errors=found,
         of_torchs={what: error / torchs[what] if torchs[what] else inf for what, error in found.items()},
         problems=excess(found, torchs, factor, dtype),
+        results=results,
     )
+
+
+def unrepeated(checked: Checked) -> list[str]:
+    """Run one of ours again: what has other bits than what was checked, in words."""
+    contestant = checked.contestant
+    try:
+        again = contestant.shown(contestant.call())
+    except Exception as error:
+        return [_cannot_run(error)]
+    return [
+        f"{name} has other bits after the timed rounds than when it was checked"
+        for name, value in again.items()
+        if not _same_bits(value, checked.results[name])
+    ]
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Compared as bytes: a NaN equals itself, and the two zeros differ."""
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))
+
+
+def _cannot_run(error: Exception) -> str:
+    return f"it cannot run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def excess(errors: Mapping[str, float], torchs: Mapping[str, float], factor: float, dtype: str) -> list[str]:

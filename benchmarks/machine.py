@@ -138,7 +138,7 @@ def portable(text: str) -> str:
         os.environ.get("OUT", ""): "$OUT",
         tempfile.gettempdir(): "$TMPDIR",
         sys.prefix: "PREFIX",
-        str(Path.home()): "~",
+        os.path.expanduser("~"): "~",
     }
     for place in sorted(places, key=len, reverse=True):  # one may lie in another
         if not Path(place).is_absolute() or place == "/":

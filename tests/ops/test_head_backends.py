@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -162,8 +164,8 @@ def test_gradients_scale_with_upstream_and_accumulate(mode: str, backend: str, d
 
 @pytest.mark.usefixtures("small_tiles")
 @MODES
-def test_ignored_rows_and_rows_that_do_not_exist(mode: str, backend: str, device: str) -> None:
-    """Tiles in which every row is ignored (Liger #1338), and no rows at all."""
+def test_ignored_rows_and_rows_that_do_not_exist__liger_1338(mode: str, backend: str, device: str) -> None:
+    """Tiles in which every row is ignored, and no rows at all."""
     inputs = make(**few(backend), device=device, with_bias=True)
     inputs["targets"][16:32] = -100
     got = run(linear_logprob, inputs, mode=mode, backend=backend)
@@ -198,8 +200,8 @@ def test_strides_and_frozen_inputs(mode: str, backend: str, device: str) -> None
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("vocab", [1, 127, 128, 129, 257])
-def test_vocabularies_around_the_edges_of_tiles(vocab: int, backend: str, device: str) -> None:
-    """Columns beyond V are no tokens (verl #2899 counted each as exp(0)); the last tile may hold the target alone."""
+def test_vocabularies_around_the_edges_of_tiles__verl_2899(vocab: int, backend: str, device: str) -> None:
+    """Columns beyond V are no tokens, and none counts as exp(0); the last tile may hold the target alone."""
     inputs = make(rows=17, vocab=vocab, device=device)
     inputs["targets"] = torch.arange(17, device=device).neg() % vocab
     for mode in ("keep", "recompute"):
@@ -210,8 +212,8 @@ def test_vocabularies_around_the_edges_of_tiles(vocab: int, backend: str, device
 
 @pytest.mark.usefixtures("small_tiles")
 @MODES
-def test_a_bias_counts_once_however_large_the_hidden_size(mode: str, backend: str, device: str) -> None:
-    """A kernel that walks the hidden size in blocks may add it in each (cut-cross-entropy #53)."""
+def test_a_bias_counts_once_however_large_the_hidden_size__cce_53(mode: str, backend: str, device: str) -> None:
+    """A kernel that walks the hidden size in blocks may add it in each."""
     inputs = make(rows=5, size=2500, vocab=140, device=device, with_bias=True)
     inputs["bias"] *= 3
     got = run(linear_logprob, inputs, mode=mode, backend=backend)
@@ -219,9 +221,36 @@ def test_a_bias_counts_once_however_large_the_hidden_size(mode: str, backend: st
         torch.testing.assert_close(got[name].double(), value, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@MODES
+def test_each_tokens_gradient_is_its_own__liger_968_and_1298(mode: str, backend: str, device: str) -> None:
+    """An upstream gradient of one token alone gives that token's row and no other."""
+    inputs = make(**few(backend), device=device)
+    row = len(inputs["targets"]) - 1
+    inputs["upstream"] = torch.zeros_like(inputs["upstream"])
+    inputs["upstream"][row] = -3.0
+    got = run(linear_logprob, inputs, mode=mode, backend=backend)
+    assert got["hidden"].any(1).nonzero().flatten().tolist() == [row]
+    for name, value in run(by_torch, inputs, high=True).items():
+        torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=1e-5)
+
+
+@BACK_ENDS
+@MODES
+def test_the_weight_gradient_is_summed_in_fp32_over_many_tiles__liger_1391(
+    dtype: torch.dtype, mode: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 64 row tiles, terms of one sign: a sum in 16 bits errs several times as much as torch's one matmul."""
+    for kind in ("cpu", "cuda"):
+        monkeypatch.setitem(head_module.TILE_ROWS, kind, 4)
+    inputs = make(dtype, rows=256, size=12, vocab=40, device=device)
+    inputs["upstream"] = inputs["upstream"].abs()
+    assert_as_good_as_torch([inputs], dtype, factor=1.5, mode=mode, backend=backend)
+
+
 @pytest.mark.gpu
 def test_more_logits_than_a_32_bit_offset_reaches() -> None:
-    """N * V > 2^31: the last rows and the last tokens are those of a computation on them alone."""
+    """N * V > 2^31: the last rows are those of a computation on them alone, the last tokens those of no kept logits."""
     rows, size, vocab = 16_500, 16, 131_072
     inputs = make(torch.bfloat16, rows=rows, size=size, vocab=vocab, device="cuda")
     got = run(linear_logprob, inputs, mode="keep", backend="triton")
@@ -230,6 +259,40 @@ def test_more_logits_than_a_32_bit_offset_reaches() -> None:
     exact = run(by_torch, last, high=True)
     torch.testing.assert_close(got["logps"][-200:].double(), exact["logps"], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got["hidden"][-200:].double(), own["hidden"].double(), rtol=0.02, atol=1e-4)
+    again = run(linear_logprob, inputs, mode="recompute", backend="triton")
+    distance = (got["weight"][-64:].double() - again["weight"][-64:].double()).norm()
+    assert distance <= 2**-7 * again["weight"][-64:].double().norm()
+
+
+@pytest.mark.gpu
+def test_recompute_holds_less_than_half_a_gigabyte_at_8b_shapes() -> None:
+    """Beyond inputs and outputs, N = 8192, D = 4096, V = 128256 in bf16; a first call makes cuBLAS's own room."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (
+        torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(0.02).requires_grad_()
+        for shape in ((8192, 4096), (128256, 4096))
+    )
+    targets = torch.randint(128256, (8192,), generator=generator, device="cuda")
+    for _ in range(2):
+        hidden.grad = weight.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        linear_logprob(hidden, weight, targets, mode="recompute").sum().backward()
+        extra = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes
+    assert extra <= 0.5e9, extra
+
+
+@pytest.mark.gpu
+def test_a_target_outside_the_vocabulary_is_a_device_side_assertion() -> None:
+    """In a process of its own: the device is of no use afterwards."""
+    program = (
+        "import torch; from selm_fast.ops import linear_logprob\n"
+        "h, w = torch.zeros(4, 16, device='cuda'), torch.zeros(9, 16, device='cuda')\n"
+        "linear_logprob(h, w, torch.tensor([1, 2, 9, 3], device='cuda')); torch.cuda.synchronize()"
+    )
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert outcome.returncode != 0
+    assert "assert" in outcome.stderr.lower()
 
 
 @BACK_ENDS
@@ -298,15 +361,15 @@ def test_the_custom_op_is_sound(dtype: torch.dtype, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_torch_compile_takes_it_whole(mode: str) -> None:
-    inputs = make(with_bias=True)
-
     def function(**arguments: Any) -> Tensor:
         return linear_logprob(**{**arguments, "hidden": arguments["hidden"] * 2}, mode=mode) * 3
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected = run(function, inputs)
-    for name, value in run(compiled, inputs).items():
-        assert torch.equal(value, expected[name]), name
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (75, 20, 33):
+        inputs = make(rows=rows, with_bias=True)
+        expected = run(function, inputs)
+        for name, value in run(compiled, inputs).items():
+            assert torch.equal(value, expected[name]), name
 
 
 def test_fp64_goes_through_plain_torch_alone() -> None:

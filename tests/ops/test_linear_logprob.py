@@ -61,7 +61,7 @@ def test_kept_logits_are_as_good_as_recomputed_ones_where_matmuls_have_fp32_resu
 
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
-def test_weight_gradient_of_bf16_is_accumulated_in_fp32_over_many_row_tiles(
+def test_weight_gradient_of_bf16_is_accumulated_in_fp32_over_many_row_tiles__liger_1391(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sum in bf16 over 128 row tiles is several times worse than torch's one matmul (Liger #1391)."""
@@ -311,7 +311,7 @@ def test_the_slope_at_the_cap_is_that_of_the_capped_logits(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
-def test_each_tokens_gradient_is_its_own(mode: str) -> None:
+def test_each_tokens_gradient_is_its_own__liger_968_and_1298(mode: str) -> None:
     """An upstream gradient of one token alone gives that token's row and no other (Liger #968, #1298)."""
     inputs = make()
     for row in (1, TILE_ROWS, N - 1):

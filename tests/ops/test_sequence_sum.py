@@ -102,3 +102,9 @@ def test_offsets_may_be_any_integers(dtype: torch.dtype) -> None:
 def test_arguments_that_do_not_fit_are_refused(logps: Tensor, cu: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sequence_sum(logps, cu)
+
+
+def test_the_custom_op_is_sound() -> None:
+    """Schema, fake kernels and autograd registration, under dynamic shapes too."""
+    logps = random_logps(9).requires_grad_()
+    torch.library.opcheck(torch.ops.selm_fast.sequence_sum.default, (logps, offsets([4, 0, 5]), "torch"))
