@@ -9,8 +9,8 @@ turns, round after round; a figure is the median of the rounds, of CUDA events o
 and of wall time. After the last round this package's must give what was checked again, to the bit, or they count as
 wrong. Error: the largest of output and gradients, as a multiple of torch eager's own. GEMMs: time in units of one
 matmul of hidden by weight, timed in the same rounds. Roofline: the least time for the contestant's matmuls, or for the
-bytes of inputs and outputs, at the peak rates that a large matmul and a large copy showed in the same rounds, as a share
-of its own. Extra memory: the peak above inputs and outputs, on a CPU that of a process of its own.
+bytes of inputs and outputs, at the peak rates that a large matmul and a large copy showed in the same rounds, as a
+share of its own. Extra memory: the peak above inputs and outputs, on a CPU that of a process of its own.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def portable(text: str) -> str:
         begin, end = r"(?:(?<![\w./-])|(?<=-[IL]))", r"(?![\w-]|\.\w)"
         if name == ".":
             text = re.sub(rf"{begin}{folder}/(?=[\w.])", "", text)
-        text = re.sub(rf"{begin}{folder}{end}", lambda _, name=name: name, text)
+        text = re.sub(rf"{begin}{folder}{end}", name, text)
     return text
 
 

@@ -70,7 +70,10 @@ def _extra_of_32_mib() -> int | None:
     return measure.extra_bytes(allocate, "cpu") if held[0] else None
 
 
-def targets_of(device: str, device_name: str, dtype: str, shape: dict[str, int], **figures: float) -> dict[str, Any]:
+def targets_of(
+    device: str, device_name: str, dtype: str, shape: dict[str, int], *, threads: int = 2, bf16_in_fp32: bool = True,
+    **figures: float,
+) -> dict[str, Any]:  # fmt: skip
     """Verdicts on a run in which ours take so many ms and GEMMs; torch eager takes 3 ms, a peer 39, a summing one 1."""
 
     def row(name: str, kind: str, ms: float | None, **more: Any) -> dict[str, Any]:
@@ -89,7 +92,9 @@ def targets_of(device: str, device_name: str, dtype: str, shape: dict[str, int],
         row("a peer that sums", BACKWARD, 1.0, per_token_gradients=False),
     ]
     run = {"device": device, "device_name": device_name, "dtype": dtype, "shape": shape, "rows": rows}
-    return {verdict["target"]: verdict["met"] for verdict in targets.judge(run)}
+    verdicts = targets.judge(run | {"threads": threads, "bf16_in_fp32": bf16_in_fp32})
+    assert all((verdict["met"] is None) == (verdict["why"] is not None) for verdict in verdicts)
+    return {verdict["target"]: verdict["met"] if verdict["why"] is None else verdict["why"] for verdict in verdicts}
 
 
 def test_targets_of_the_h200() -> None:
@@ -97,11 +102,14 @@ def test_targets_of_the_h200() -> None:
     assert met == {
         "no-grad, ms": True,
         "keep, ms": False,
+        "keep, ms, reading the fp32 tile once": False,
         "recompute, ms": True,
         "recompute, extra bytes": True,
         "keep, ms, beside torch eager": True,
         "keep, ms, beside a peer": True,
     }
+    met = targets_of("cuda", "NVIDIA H200", "bf16", targets.H200, threads=9, no_grad=12.4, keep=36.1, recompute=47.0)
+    assert (met["keep, ms"], met["keep, ms, reading the fp32 tile once"]) == (True, False)
     assert not targets_of("cuda", "NVIDIA A100", "bf16", targets.H200, no_grad=1.0, keep=1.0, recompute=1.0)
 
 
@@ -117,6 +125,59 @@ def test_targets_of_a_cpu() -> None:
     assert met["no-grad, CPU ms, beside torch eager"] is False
     assert met["keep, CPU ms, beside torch eager"] is True
     assert not targets_of("cpu", "a CPU", "fp32", {"N": 1, "D": 2, "V": 3}, no_grad=1.0, keep=1.0, recompute=1.0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_targets_of_two_threads_say_nothing_of_another_number(dtype: str) -> None:
+    figures = {"no_grad": 1.0, "keep": 1.0, "recompute": 1.0}
+    met = targets_of("cpu", "a CPU", dtype, targets.CPU, threads=1, **figures)
+    assert set(met.values()) == {"it is about 2 threads; these were 1"}
+    met = targets_of("cpu", "a CPU", dtype, targets.CPU, bf16_in_fp32=False, **figures)
+    unserved = {"the extension multiplies no bf16 matrices with fp32 results here"}
+    assert (set(met.values()) == unserved) == (dtype == "bf16")
+
+
+def test_a_summary_names_the_targets_that_are_not_met() -> None:
+    assert targets.summary({"a": True, "b": True}) == "2 of 2 targets met"
+    found = targets.summary({"a": True, "b, ms": False, "c": None, "d": False})
+    assert found == "1 of 4 targets met; missed: b, ms; d; not judged: c"
+
+
+@pytest.mark.parametrize("given", ["0123abcd", None])
+def test_the_environment_names_the_commit_of_a_copy_without_git(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "selm_fast").mkdir()
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.delenv("SELM_FAST_COMMIT", raising=False)
+    if given is not None:
+        monkeypatch.setenv("SELM_FAST_COMMIT", given)
+    found = machine.commit()
+    assert (found["id"], found["dirty"]) == (given, None)
+    (tmp_path / ".git").mkdir()  # one that git can say nothing of: no commit is better than one that may be another
+    assert machine.commit()["id"] is None
+
+
+def test_results_hold_no_places_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ROOT", Path("/home/ann/work"))
+    monkeypatch.setattr(machine.sys, "executable", "/home/ann/work/.venv/bin/python3")
+    monkeypatch.setattr(machine.sys, "prefix", "/home/ann/work/.venv")
+    monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: "/tmp")
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("OUT", "/tmp/out")
+    given = {
+        "/home/ann/work/.venv/bin/python3 /home/ann/work/benchmarks/x.py": "python benchmarks/x.py",
+        "g++ -I/home/ann/work/.venv/include -I/home/ann/work": "g++ -IPREFIX/include -I.",
+        "--json=/tmp/out/x.json --junitxml /tmp/ab12/0.xml": "--json=$OUT/x.json --junitxml $TMPDIR/ab12/0.xml",
+        "in '/home/ann/work'.": "in '.'.",
+        "/home/ann/work2/a /home/annie /home/ann/.cache": "~/work2/a /home/annie ~/.cache",
+        "https://x.org/tmp/out ops/tmp": "https://x.org/tmp/out ops/tmp",
+    }
+    machine.write_json(tmp_path / "x.json", {"a": [{"b": text} for text in given]})
+    found = json.loads((tmp_path / "x.json").read_text("utf-8"))["a"]
+    assert [item["b"] for item in found] == list(given.values())
+    monkeypatch.setenv("OUT", "out")  # a relative one names no place
+    assert machine.portable("without out") == "without out"
 
 
 def test_the_digest_of_the_sources_sees_every_change(tmp_path: Path) -> None:

@@ -140,6 +140,24 @@ def test_precision_page_holds_what_was_measured() -> None:
     assert all(line["share"] < 0.5 for line in results["measurements"] if not line["dither"])
 
 
+def test_kernels_page_holds_what_was_measured() -> None:
+    spec = importlib.util.spec_from_file_location("ops_table", ROOT / "benchmarks/ops_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = json.loads((ROOT / "benchmarks/results/ops_amd_epyc.json").read_text("utf-8"))
+    page = (ROOT / "docs/kernels.md").read_text("utf-8")
+    assert module.table(results) in page
+    assert f"torch {results['versions']['torch'].partition('+')[0]})" in page
+    assert not results["commit"]["dirty"]
+    assert {(run["dtype"], *run["shape"].values()) for run in results["runs"]} == {
+        ("fp32", 1024, 2048, 32000),
+        ("bf16", 1024, 2048, 32000),
+    }
+    assert all(target["met"] for run in results["runs"] for target in run["targets"])
+
+
 def test_readme_holds_what_the_demo_measured() -> None:
     table, results = measured("tiny_seeds")
     assert table in README
