@@ -36,7 +36,7 @@ from benchmarks import machine  # noqa: E402 - from the checkout, installed or n
 LIMIT_S = 460.0
 OPS = "tests/ops"
 TAIL = 4000  # characters of a part's output that its result keeps
-REASON_LINES = 3  # of a failed build: so many errors, and so many last lines
+REASON_LINES = 2  # of a failed build: so many errors, and so many last lines
 BENCH = ("--device", "cuda", "--shape", "8192,4096,128256", "--dtype", "bf16")
 # What tests outside those of the ops may want; the absence of anything else is a failure.
 MAY_BE_MISSING = {
@@ -119,12 +119,11 @@ def judge_tests(code: int, output: str, report: Path, *, must_run: bool) -> tupl
     found = {"passed": 0, "failed": 0, "skipped": 0}
     left_out = []
     for test in ElementTree.parse(report).iter("testcase"):
-        failure, error = test.find("failure"), test.find("error")
-        missing = None if error is None else missing_package(error.text or "")
-        if failure is None and missing is not None:
-            left_out.append(f"{test.get('name')} ({missing} is not installed)")
-        elif failure is not None or error is not None:
+        wants = [missing_package(error.text or "") for error in test.findall("error")]
+        if test.find("failure") is not None or None in wants:
             found["failed"] += 1
+        elif wants:
+            left_out.append(f"{test.get('name')} ({wants[0]} is not installed)")
         else:
             found["passed" if test.find("skipped") is None else "skipped"] += 1
     words = ", ".join(f"{number} {what}" for what, number in found.items())

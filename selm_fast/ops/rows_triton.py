@@ -17,6 +17,7 @@ MAX_TILE_VOCAB = 16384
 # Elements a thread holds of a row: 16 fp32 and what is computed from them stay far from the 255 registers it may have.
 ELEMENTS_PER_THREAD = 16
 SOFTMAX_BLOCK_V = 2048
+SOFTMAX_ELEMENTS_PER_THREAD = 8  # with 16, triton 3.7 keeps 8 bytes of a ragged bf16 row on the stack for sm_100
 MAX_BLOCK_D = 1024
 # Rows of a frequent token that `weight_gradient` asks for at once; one at a time, each would wait for memory.
 ROWS_IN_FLIGHT = 8
@@ -247,7 +248,7 @@ def softmax(
             tile, targets.contiguous(), peak.contiguous(), log_total.contiguous(), bias, tops, out,
             _stride(bias), width, v0, float(scale), softcap,
             BLOCK_V=block, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-            HAS_TOPS=tops is not None, FINISHED=finished, num_warps=_warps(block, ELEMENTS_PER_THREAD),
+            HAS_TOPS=tops is not None, FINISHED=finished, num_warps=_warps(block, SOFTMAX_ELEMENTS_PER_THREAD),
         )  # fmt: skip
 
 

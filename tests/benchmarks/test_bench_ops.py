@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,7 @@ def missing(package: str) -> str:
         (1, ["", missing("ruamel.yaml")], True, "left out: test_1 (ruamel is not installed)"),
         (1, ["", missing("selm_fast.ops.x")], False, "1 failed"),
         (1, ["", missing("rich") + missing("transformers")], False, "1 failed"),
+        (1, ["", missing("rich")[:-8] + missing("transformers")[7:]], False, "1 failed"),
         (1, ["", missing("numpy")], False, "1 failed"),
         (1, ["", f"<failure>{PYDANTIC}</failure>"], False, "1 failed"),
         (1, ["", f"<failure>E  assert 1 == 2</failure><error>{PYDANTIC}</error>"], False, "1 failed"),
@@ -56,7 +58,8 @@ def missing(package: str) -> str:
         "all left out",
         "a package's module",
         "ours is missing",
-        "two are missing",
+        "missing at set-up and at the end",
+        "one is missing after another",
         "a package that must be there",
         "a test failed for want of it",
         "failed and left out",
@@ -96,8 +99,8 @@ def test_a_folder_whose_conftest_needs_a_missing_package_is_left_out(tmp_path: P
 
 
 def test_the_reason_of_a_failed_build_is_told() -> None:
-    output = "[1/2] g++ rows.cpp\nrows.cpp:3:1: error: expected ';'\n  3 | x\n\nninja: stopped\nselm_fast: not built\n"
-    told = "rows.cpp:3:1: error: expected ';' | 3 | x | ninja: stopped | selm_fast: not built"
+    output = "rows.cpp:3:1: error: expected ';'\n  3 | x\n\n[2/2] g++ mm.cpp\nninja: stopped\nselm_fast: not built\n"
+    told = "rows.cpp:3:1: error: expected ';' | ninja: stopped | selm_fast: not built"
     assert gpu_test.judge_build(1, output) == (False, told)
     assert gpu_test.judge_build(1, "") == (False, "")
     assert gpu_test.judge_build(0, output) == (True, "")
@@ -134,6 +137,17 @@ def test_limits_leave_room_in_eight_minutes_and_commands_name_files_that_are_the
         assert part.limit_s < gpu_test.LIMIT_S / 2
         script = next((word for word in part.command[1:] if word.endswith(".py")), None)
         assert script is None or (gpu_test.ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("script", ["aot.py", "bench_ops.py"])
+def test_scripts_run_where_the_package_is_not_installed(script: str, tmp_path: Path) -> None:
+    """From another folder; -S leaves out what the installation of the package put into the interpreter."""
+    if script == "aot.py":
+        pytest.importorskip("triton")
+    env = os.environ | {"PYTHONPATH": str(Path(torch.__file__).parents[1])}
+    command = [sys.executable, "-S", str(gpu_test.ROOT / "benchmarks" / script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_part_that_does_not_end_is_ended_with_its_children(tmp_path: Path) -> None:
