@@ -42,6 +42,7 @@ def missing(package: str) -> str:
         (1, ["", missing("selm_fast.ops.x")], False, "1 failed"),
         (1, ["", missing("rich") + missing("transformers")], False, "1 failed"),
         (1, ["", missing("rich")[:-8] + missing("transformers")[7:]], False, "1 failed"),
+        (1, ["", missing("transformers")[:-8] + missing("rich")[7:]], False, "1 failed"),
         (1, ["", missing("numpy")], False, "1 failed"),
         (1, ["", f"<failure>{PYDANTIC}</failure>"], False, "1 failed"),
         (1, ["", f"<failure>E  assert 1 == 2</failure><error>{PYDANTIC}</error>"], False, "1 failed"),
@@ -60,6 +61,7 @@ def missing(package: str) -> str:
         "ours is missing",
         "missing at set-up and at the end",
         "one is missing after another",
+        "the other way round",
         "a package that must be there",
         "a test failed for want of it",
         "failed and left out",
@@ -129,6 +131,7 @@ def test_limits_leave_room_in_eight_minutes_and_commands_name_files_that_are_the
     assert gpu_test.LIMIT_S <= 460
     parts = gpu_test.parts(tmp_path)
     names = [part.name for part in parts]
+    assert "SELM_FAST_EXTENSION=1" in parts[0].command  # otherwise a build that fails ends well
     assert names[:3] == ["build of the C++ extension", "gpu tests in tests/ops", "speed"]
     assert all(name.startswith("gpu tests in ") for name in names[3:-1])
     assert names[-1] == "compile report"
@@ -162,6 +165,12 @@ def test_a_part_that_does_not_end_is_ended_with_its_children(tmp_path: Path) -> 
             break
         time.sleep(0.02)
     assert not alive(child)
+
+
+def test_the_tail_that_is_kept_begins_with_no_rest_of_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_test, "TAIL", 8)
+    part = Part(name="says", command=["echo", f"in {gpu_test.ROOT}/x"], limit_s=60)
+    assert gpu_test.run(part, tmp_path / "log", 60)["output_tail"] == "in x\n"
 
 
 def alive(pid: int) -> bool:

@@ -9,16 +9,15 @@ from io import StringIO
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from rich.console import Console
 
-import selm_fast
 from selm_fast.config import RunConfig
 from selm_fast.errors import Refused, RunFailed, Stopped
 from selm_fast.iteration import run as run_module
 from selm_fast.iteration.paths import Paths
 from selm_fast.iteration.run import drive, run
+from selm_fast.training.cache_identity import versions
 from selm_fast.training.progress import Display
 
 from .harness import Inline, MakeRun, planned, run_inline
@@ -53,7 +52,7 @@ def test_every_stage_leaves_a_manifest_of_what_it_was_made_from_and_of_its_files
             "settings": stage.settings,
             "inputs": stage.inputs,
             "processes": 1,
-            "versions": {module.__name__: module.__version__ for module in (selm_fast, torch, transformers)},
+            "versions": versions(),
             "files": {
                 name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
             },

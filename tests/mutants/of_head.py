@@ -13,7 +13,7 @@ HEAD = [
         ("the hidden gradient forgets earlier tiles", "d_hidden[r0:r1], accumulate=nth > 0", "d_hidden[r0:r1], accumulate=False"),
         ("the weight gradient forgets earlier rows", "dw, accumulate=r0 > 0", "dw, accumulate=False"),
         ("the weight gradient has the wrong sign", "hidden * grad.neg().unsqueeze(1)", "hidden * grad.unsqueeze(1)"),
-        ("the bias gradient has the wrong sign", "db -= share.t()", "db += share.t()"),
+        ("the bias gradient has the wrong sign", "db -= share[s0:s1].t()", "db += share[s0:s1].t()"),
         ("the slope at the cap is 1", "_slope(state.z_target, head)\n", "1.0\n"),
         ("kept tiles lie a row off", "kept[r0 * vocab + (r1 - r0) * v0 :]", "kept[r0 * vocab + r0 * v0 :]"),
         ("targets are searched to their right", "torch.arange(head.vocab + 1, device=targets.device))", "torch.arange(head.vocab + 1, device=targets.device), right=True)"),
@@ -40,7 +40,7 @@ HEAD = [
     *mutants_of(
         OPS + "fused_preference_loss.py",
         "tests/ops/test_fused_preference_loss.py -k 'not triton'",
-        ("the upstream gradient is ignored", "spread((grad * slopes).float(), cu_responses", "spread(slopes.float(), cu_responses"),
+        ("the upstream gradient is ignored", "spread((grad * slopes).to(", "spread(slopes.to("),
         ("groups may share a sequence", "if (uses > 1).any():", "if (uses > 2).any():"),
         ("the number of groups of the step is ignored", "divisor_of(pairs, num_groups)", "divisor_of(pairs, None)"),
     ),

@@ -334,18 +334,18 @@ def start_command(config: Config, recipe: Path) -> subprocess.Popen[str]:
 
 
 def count_forwards_of(action: Callable[[], Any]) -> int:
-    """How many packed forwards (`Policy.token_logps`) an action makes."""
+    """How many packed forwards (`Policy.hidden_states`) an action makes."""
     count = 0
-    token_logps = Policy.token_logps
+    hidden_states = Policy.hidden_states
 
     def counted(self: Policy, batch: Any) -> Tensor:
         nonlocal count
         count += 1
-        return token_logps(self, batch)
+        return hidden_states(self, batch)
 
-    Policy.token_logps = counted  # type: ignore[method-assign]
+    Policy.hidden_states = counted  # type: ignore[method-assign]
     try:
         action()
     finally:
-        Policy.token_logps = token_logps  # type: ignore[method-assign]
+        Policy.hidden_states = hidden_states  # type: ignore[method-assign]
     return count
