@@ -1,0 +1,1 @@
+"""What `make mutants` breaks, and how."""
