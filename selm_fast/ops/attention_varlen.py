@@ -40,8 +40,10 @@ def flash_refusal(case: Case) -> str | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> tuple[Tensor, Tensor]:
     """q (T, H, Dh), k and v (T, Hk, Dh) -> out (T, H, Dh), dtype of q, contiguous; logsumexp (H, T) fp32."""
     function, aux, gqa = _varlen_attn()
+    # A tensor of its own: where both offsets are one, torch 2.15 takes cuDNN, and the backward pass here is flash's.
+    cu_seqlens_k = layout.cu_seqlens_k.view(-1)
     out, lse = function(
-        q, gather(k, layout.kv_index), gather(v, layout.kv_index), layout.cu_seqlens_q, layout.cu_seqlens_k,
+        q, gather(k, layout.kv_index), gather(v, layout.kv_index), layout.cu_seqlens_q, cu_seqlens_k,
         layout.max_seqlen_q, layout.max_seqlen_k,
         return_aux=aux, scale=scores.scale, window_size=window_size(scores.window), **gqa,
     )  # fmt: skip

@@ -120,7 +120,7 @@ SUMS_TRITON = [
     *mutants_of(
         OPS + "sequence_sum_triton.py",
         "tests/ops/test_sequence_sum_triton.py",
-        ("sums are fp32", "sums = tl.zeros((BLOCK_N,), tl.float64)", "sums = tl.zeros((BLOCK_N,), tl.float32)"),
+        ("sums are fp32", "tl.store(out_ptr + sequence, tl.sum(sums, 0))", "tl.store(out_ptr + sequence, tl.sum(sums.to(tl.float32), 0))"),
         ("a sequence runs into the next", "mask=tokens < last, other=0.0)", "mask=tokens <= last, other=0.0)"),
         ("the first token is left out", "for start in range(first, last, BLOCK_N):", "for start in range(first + 1, last, BLOCK_N):"),
     ),
