@@ -12,12 +12,12 @@ from selm_fast.ops.backend import Backend, resolve
 from selm_fast.ops.head import Head, accumulator, fold_forward, keeps
 from selm_fast.ops.linear_logprob import (
     Mode,
-    backward_op,
     cast_for_autocast,
     check_head,
     check_targets,
     check_tensors,
     fake_folded,
+    head_gradients,
     wants_gradient,
 )
 from selm_fast.ops.preference_loss import METRICS, Pairs, by_name, check_groups, divisor_of, group_losses
@@ -116,12 +116,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
-    cu_responses, slopes, hidden, *saved = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
+    cu_responses, slopes, *saved = ctx.saved_tensors
+    hidden = saved[0]
     token_grads = spread((grad * slopes).to(accumulator(hidden.dtype)), cu_responses, hidden.shape[0])
-    grads = backward_op(token_grads, hidden, *saved, *ctx.settings, *needs, ctx.backend)
-    unasked = len(ctx.needs_input_grad) - len(needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * unasked)
+    return head_gradients(ctx, token_grads, saved)
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -132,8 +133,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
+    return head_gradients(ctx, grad, ctx.saved_tensors)
+
+
+def head_gradients(ctx: Any, grad: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of an op whose first inputs are hidden, weight and bias: grad (N,), saved from hidden to tops."""
     needs = ctx.needs_input_grad[:3]
-    grads = backward_op(grad, *ctx.saved_tensors, *ctx.settings, *needs, ctx.backend)
+    grads = backward_op(grad, *saved, *ctx.settings, *needs, ctx.backend)
     unasked = len(ctx.needs_input_grad) - len(needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * unasked)
 
