@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "variants.h"
 
 namespace selm {
 namespace {
@@ -162,6 +163,8 @@ void softmax_rows(const at::Tensor& tile, const at::Tensor& targets, int64_t v0,
 }
 
 }  // namespace
+
+const char* variant() { return chosen().load()->name; }
 
 TORCH_LIBRARY(selm_fast_cpp, m) {
   m.def("variants() -> str[]", variants);

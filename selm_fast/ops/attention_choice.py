@@ -10,7 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from selm_fast.ops import attention_flash, attention_flash_cpu, attention_reference, attention_varlen
+from selm_fast.ops import (
+    attention_cpp,
+    attention_flash,
+    attention_flash_cpu,
+    attention_reference,
+    attention_varlen,
+)
 from selm_fast.ops.attention_layout import Case, Layout, Scores
 
 
@@ -34,6 +40,7 @@ BACKENDS: dict[str, Backend] = {
     "varlen": attention_varlen,
     "flash_attn_3": attention_flash.Flash3(),
     "flash_attn": attention_flash.Flash2(),
+    "cpp": attention_cpp,
     "flash_cpu": attention_flash_cpu,
     "torch": attention_reference,
 }

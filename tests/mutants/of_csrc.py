@@ -6,7 +6,7 @@ from tests.mutants.mutant import mutants_of
 
 CSRC = [
     *mutants_of(
-        "csrc/rows_kernels.h",
+        "csrc/vectors.h",
         "tests/ops/test_rows_cpp.py",
         ("a wrong coefficient of exp", "p * r + 8.3334519073e-3f", "p * r + 8.3364519073e-3f"),
         ("exp without the second part of ln 2", "r = n * 2.12194440e-4f + r;", ""),
@@ -20,6 +20,21 @@ CSRC = [
             "for (int64_t i = 1; i < LANES; ++i) top",
             "for (int64_t i = 1; i < LANES - 1; ++i) top",
         ),
+        ("bf16 ties away from even", "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u"),
+        ("bf16 NaN", "x != x ? u | 0x400000u : nearest", "nearest"),
+        ("fp16 ties", "u + 0xc8000fffu + ((u >> 13) & 1u)", "u + 0xc8000fffu"),
+        ("fp16 subnormals out", "(Ints)u < (113 << 23) ? tiny : normal", "normal"),
+        ("fp16 subnormals in", "exponent == 0 ? tiny : normal", "normal"),
+        ("fp16 infinities in", "exponent == 0x0f800000 ? special : ", ""),
+        (
+            "writes beyond the row",
+            "memcpy(to, &pack, count * sizeof(typename F::Item));",
+            "memcpy(to, &pack, sizeof pack);",
+        ),
+    ),
+    *mutants_of(
+        "csrc/rows_kernels.h",
+        "tests/ops/test_rows_cpp.py",
         (
             "columns beyond the tile in the maximum",
             "top = larger(only(value, count, -INFINITY), top);",
@@ -59,12 +74,6 @@ CSRC = [
             "if (f.scale != 1.0f) x *= f.scale;\n  if (f.bias != nullptr) x += load<Kind::f32>(f.bias, at, count);",
         ),
         ("a plain tile is not kept", "write = write || z != x;", ""),
-        ("bf16 ties away from even", "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u"),
-        ("bf16 NaN", "x != x ? u | 0x400000u : nearest", "nearest"),
-        ("fp16 ties", "u + 0xc8000fffu + ((u >> 13) & 1u)", "u + 0xc8000fffu"),
-        ("fp16 subnormals out", "(Ints)u < (113 << 23) ? tiny : normal", "normal"),
-        ("fp16 subnormals in", "exponent == 0 ? tiny : normal", "normal"),
-        ("fp16 infinities in", "exponent == 0x0f800000 ? special : ", ""),
         ("softmax without the tops", "const float above = top - s.peak[row];", "const float above = -s.peak[row];"),
         ("softmax without the total", "exp_of(z + above - log_total)", "exp_of(z + above)"),
         (
@@ -75,11 +84,6 @@ CSRC = [
         ("a slope without the scale", "if (s.finish.scale != 1.0f) share *= s.finish.scale;", ""),
         ("an unfinished tile is not finished", "if (!s.finished) z = finished(s.finish, z, at, count);", ""),
         ("the target keeps its share", "if (column >= 0 && column < s.width) out[column] = 0;", ""),
-        (
-            "writes beyond the row",
-            "memcpy(to, &pack, count * sizeof(typename F::Item));",
-            "memcpy(to, &pack, sizeof pack);",
-        ),
     ),
     *mutants_of(
         "csrc/pack.cpp",

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from selm_fast.ops import shared_prefix_attention
+from selm_fast.ops import extension, shared_prefix_attention
 from selm_fast.ops.attention_layout import Scores
 from selm_fast.ops.attention_reference import branch_forward
 
 from .attention_layouts import HEADS, LAYOUTS, SCALE, SETTINGS, Rows, dense, inputs, layout, ours, rms, run, separately
 
-BACKENDS = ["flash_cpu", "torch"]  # those of a CPU
+# Those of a CPU.
+BACKENDS = [*(["cpp"] if extension.available() else []), "flash_cpu", "torch"]
 ON_A_CPU = [(setting, backend) for setting in SETTINGS for backend in BACKENDS]
-ON_A_CPU = [(setting, backend) for setting, backend in ON_A_CPU if backend == "torch" or "softcap" not in setting]
+ON_A_CPU = [(setting, backend) for setting, backend in ON_A_CPU if backend != "flash_cpu" or "softcap" not in setting]
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -77,8 +78,7 @@ def test_the_logsumexp_is_that_of_the_scores(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("setting", "backend"),
-    [("plain", "flash_cpu"), ("window", "flash_cpu"), ("plain", "torch"), ("window", "torch"), ("softcap", "torch")],
+    ("setting", "backend"), [case for case in ON_A_CPU if case[0] in ("plain", "window", "softcap")]
 )
 def test_16_bit_errors_are_at_most_twice_those_of_separate_sequences_through_torch(
     setting: str, backend: str, dtype: torch.dtype

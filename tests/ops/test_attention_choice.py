@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selm_fast.ops import attention_choice, attention_flash, attention_reference
+from selm_fast.ops import attention_choice, attention_flash, attention_reference, extension
 from selm_fast.ops.attention import attention_backend
 from selm_fast.ops.attention_choice import BACKENDS, choose, failure
 from selm_fast.ops.attention_layout import Case
@@ -20,6 +20,8 @@ from selm_fast.ops.attention_layout import Case
 from .attention_layouts import LAYOUTS, SETTINGS, inputs, ours, run
 
 CPU = torch.device("cpu")
+FIRST = "cpp" if extension.available() else "flash_cpu"  # of those that serve a CPU
+FIRST_WITH_SOFTCAP = "cpp" if extension.available() else "torch"
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +164,7 @@ def test_a_back_end_that_errs_is_refused_and_the_next_one_serves(
     damage(module)
     install(module)
     with pytest.warns(RuntimeWarning, match="'new' fails its self-test and is not used: "):
-        assert choose("auto", case(setting, dtype)) == ("torch" if "softcap" in setting else "flash_cpu")
+        assert choose("auto", case(setting, dtype)) == (FIRST_WITH_SOFTCAP if "softcap" in setting else FIRST)
     with pytest.raises(RuntimeError, match="'new' fails its self-test on this machine: "):
         choose("new", case(setting, dtype))
 
@@ -203,7 +205,7 @@ def test_the_call_itself_is_served_by_the_next_one(install: Callable[[Any], Any]
     tensors = inputs(rows, "gqa")
     with pytest.warns(RuntimeWarning, match="'new'"):
         got = run(ours(rows), tensors)
-    for value, expected in zip(got, run(ours(rows, "flash_cpu"), tensors), strict=True):
+    for value, expected in zip(got, run(ours(rows, FIRST), tensors), strict=True):
         assert torch.equal(value, expected)
 
 
@@ -230,16 +232,24 @@ def test_the_self_test_leaves_the_random_numbers_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("device", "dtype", "softcap", "served"),
     [
-        ("cpu", torch.float32, None, "flash_cpu"),
-        ("cpu", torch.bfloat16, None, "flash_cpu"),
-        ("cpu", torch.float16, None, "flash_cpu"),
-        ("cpu", torch.float32, 30.0, "torch"),
+        ("cpu", torch.float32, None, FIRST),
+        ("cpu", torch.bfloat16, None, FIRST),
+        ("cpu", torch.float16, None, FIRST),
+        ("cpu", torch.float32, 30.0, FIRST_WITH_SOFTCAP),
         ("cpu", torch.float64, None, "torch"),
-        ("cpu", None, None, "flash_cpu"),
+        ("cpu", None, None, FIRST),
     ],
 )
 def test_what_serves_a_cpu(device: str, dtype: torch.dtype | None, softcap: float | None, served: str) -> None:
     assert attention_backend(device, dtype, heads=4, key_heads=2, head_size=16, softcap=softcap) == served
+
+
+@pytest.mark.parametrize(("setting", "served"), [("plain", "flash_cpu"), ("window", "flash_cpu"), ("softcap", "torch")])
+def test_what_serves_a_cpu_without_the_extension(monkeypatch: pytest.MonkeyPatch, setting: str, served: str) -> None:
+    monkeypatch.setattr(extension, "available", lambda: False)
+    assert choose("auto", case(setting)) == served
+    with pytest.raises(ValueError, match="'cpp' needs the extension of csrc/: "):
+        choose("cpp", case(setting))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: tuple[str, ...]) -> None:
@@ -294,7 +304,7 @@ def test_a_gpu_that_is_not_there_is_served_by_the_reference(monkeypatch: pytest.
         ("flash_attn", {}, "'flash_attn' needs"),
         ("flash_attn_3", {}, "'flash_attn_3' needs"),
         ("flash_cpu", {"softcap": 1.5}, "'flash_cpu' has no softcap"),
-        ("cpp", {}, "backend must be one of 'auto', 'varlen'"),
+        ("triton", {}, "backend must be one of 'auto', 'varlen'"),
     ],
 )
 def test_a_back_end_asked_for_that_cannot_serve_says_why(name: str, settings: dict[str, Any], message: str) -> None:

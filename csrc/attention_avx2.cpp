@@ -1,0 +1,19 @@
+// Attention for processors with AVX2 and FMA.
+#include "attention.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define SELM_LANES 8
+#define SELM_ATTENTION avx2_attention
+#define SELM_NAME "avx2"
+#include "attention_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
