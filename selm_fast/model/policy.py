@@ -17,6 +17,7 @@ from selm_fast.batch import PackedBatch
 from selm_fast.errors import Refused
 from selm_fast.model import support
 from selm_fast.model.attention import NAME, packed_kwargs
+from selm_fast.model.fused_layers import fuse
 from selm_fast.ops import attention_backend, fused_preference_loss, linear_logprob, sequence_sum
 
 
@@ -143,6 +144,7 @@ class Policy(nn.Module):
         from selm_fast.model.selfcheck import check_packed
 
         policy = cls(model, head_mode=head_mode, source=source)
+        fuse(model)
         check_packed(policy, source)
         return policy.train()
 

@@ -8,6 +8,7 @@ from selm_fast.data.groups import TokenGroup
 from selm_fast.data.packing import pack
 from selm_fast.errors import Refused
 from selm_fast.model.attention import NAME
+from selm_fast.model.fused_layers import unfused
 from selm_fast.model.policy import Policy
 
 # Largest difference of a token's log-prob (nats). A head scaled wrongly, a mask or a position that is off errs by more.
@@ -16,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 @torch.no_grad()
 def check_packed(policy: Policy, source: str) -> None:
-    """Compare log-probs through the packed path and fused head with the model's own logits, a sequence at a time.
+    """Compare log-probs through the packed path and fused layers with the model's own logits, a sequence at a time.
 
     Raises Refused where they differ, or where the packed path fails: the model has something (a scaled head, another
     mask, attention sinks) that is not served.
@@ -35,7 +36,8 @@ def check_packed(policy: Policy, source: str) -> None:
     own = []
     for response in group.responses():
         inputs = torch.tensor([group.prompt + response], device=device)
-        logits = model(input_ids=inputs, use_cache=False).logits[0, len(group.prompt) - 1 : -1].double()
+        with unfused(model):
+            logits = model(input_ids=inputs, use_cache=False).logits[0, len(group.prompt) - 1 : -1].double()
         own.append(
             logits.log_softmax(-1).gather(1, torch.tensor(response, device=device).unsqueeze(1)).squeeze(1).cpu()
         )

@@ -32,10 +32,13 @@ def backends(device: str = "cpu", *, attention: str | None = None) -> dict[str, 
     """
     rows = resolve("auto", torch.device(device))
     loss = "triton" if rows == "triton" else "torch"
+    layers = resolve("auto", torch.device(device), triton=False)
     exact = device != "cpu" or (rows == "cpp" and extension.mm_serves(torch.bfloat16))
     return {
         "linear_logprob": f"{rows}, bf16 logits in {'fp32' if exact else 'bf16'}",
         "sequence_sum": loss,
         "fused_preference_loss": f"{rows}, {loss}" if rows != loss else rows,
         "shared_prefix_attention": attention or attention_backend(device),
+        "rms_norm": layers,
+        "gated_mlp": layers,
     }

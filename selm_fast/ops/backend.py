@@ -15,10 +15,10 @@ Backend = Literal["auto", "torch", "triton", "cpp"]
 BACKENDS = ("auto", "torch", "triton", "cpp")
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float32, *, triton: bool = True) -> str:
     """The back end for tensors on a device: "auto" is Triton on CUDA, csrc's C++ on the CPU where it is built.
 
-    fp64 is served by plain torch alone.
+    fp64 is served by plain torch alone.  triton: False for an op that has no kernels in Triton.
 
     Raises ValueError for a back end that is unknown or cannot run there.
     """
@@ -29,9 +29,11 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float
     if backend == "auto":
         if dtype == torch.float64:
             return "torch"
-        if device.type == "cuda" and _has_triton():
+        if triton and device.type == "cuda" and _has_triton():
             return "triton"
         return "cpp" if device.type == "cpu" and extension.available() else "torch"
+    if backend == "triton" and not triton:
+        raise ValueError("backend 'triton' does not serve this op; 'auto', 'torch' and 'cpp' do")
     if backend == "triton" and not (_has_triton() and (device.type == "cuda" or interpreted())):
         raise ValueError(
             "backend 'triton' needs the package triton and tensors on CUDA (or TRITON_INTERPRET=1, set before its "

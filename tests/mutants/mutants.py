@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from tests.mutants.of_attention import ATTENTION
+from tests.mutants.of_attention_cpp import ATTENTION_CPP, ATTENTION_CSRC
 from tests.mutants.of_csrc import CSRC
 from tests.mutants.of_head import HEAD
+from tests.mutants.of_layers import LAYERS, LAYERS_CSRC
 from tests.mutants.of_triton import TRITON
 
-MUTANTS = [*TRITON, *HEAD, *ATTENTION, *CSRC]
+MUTANTS = [*TRITON, *HEAD, *ATTENTION, *ATTENTION_CPP, *LAYERS, *CSRC, *ATTENTION_CSRC, *LAYERS_CSRC]
