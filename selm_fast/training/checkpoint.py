@@ -106,9 +106,7 @@ def restore(checkpoint: Checkpoint, masters: Masters, optimizer: torch.optim.Opt
     for key, value in checkpoint.optimizer.items():
         name, moment = key.rsplit("/", 1)
         master = masters.masters[name]
-        # AdamW keeps its step count on the CPU, unless it is fused.
-        on_cpu = moment == "step" and not optimizer.defaults["fused"]
-        optimizer.state[master][moment] = value if on_cpu else value.to(master.device)
+        optimizer.state[master][moment] = value.to(master.device)  # fused AdamW's step count lies there, too
 
 
 def _optimizer_tensors(masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
