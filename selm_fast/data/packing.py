@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
+import heapq
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from selm_fast.batch import PackedBatch
 from selm_fast.data.groups import TokenGroup
@@ -16,11 +20,29 @@ from selm_fast.ops import Pairs
 
 __all__ = ["Plan", "TokenGroup", "balance", "pack", "plan_epoch", "sequence_key"]
 
+_ID_BYTES = 8
+_Ints = npt.NDArray[np.int64]
+
 
 def sequence_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
     """16-byte digest of (prompt ids, response ids), the same on every machine."""
-    ids = array("q", (len(prompt), *prompt, *response))
-    return hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=16).digest()
+    return _sequence_keys(_to_bytes(prompt), [_to_bytes(response)])[0]
+
+
+def _to_bytes(ids: Sequence[int]) -> bytes:
+    """Ids as little-endian int64."""
+    return struct.pack(f"<{len(ids)}q", *ids)
+
+
+def _sequence_keys(prompt: bytes, responses: Sequence[bytes]) -> list[bytes]:
+    """`sequence_key` of each response; the prompt they share is hashed once."""
+    shared = hashlib.blake2b(_to_bytes([len(prompt) // _ID_BYTES]) + prompt, digest_size=16)
+    keys = []
+    for response in responses:
+        digest = shared.copy()
+        digest.update(response)
+        keys.append(digest.digest())
+    return keys
 
 
 def pack(groups: Sequence[TokenGroup], *, max_tokens: int | None = None) -> list[PackedBatch]:
@@ -59,63 +81,108 @@ def balance(costs: Sequence[int], capacity: int) -> list[list[int]]:
             "max_length"
         )
     longest_first = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    bins = max(1, -(-sum(costs) // capacity))
-    while True:
-        loads, members = [0] * bins, [list[int]() for _ in range(bins)]
-        for item in longest_first:
-            lightest = min(range(bins), key=loads.__getitem__)
-            loads[lightest] += costs[item]
-            members[lightest].append(item)
-        if max(loads) <= capacity:
-            return [sorted(member) for member in members]
-        bins += 1
+    # One bin more makes no bin fuller: with loads sorted, the k-th fullest of n + 1 bins is never above that of n. So
+    # the fewest that serve can be searched for: by growing steps, then by halves.
+    high = max(1, -(-sum(costs) // capacity))
+    low, step = high - 1, 1
+    while (filled := _fill(costs, longest_first, high, capacity)) is None:
+        low, high, step = high, high + step, 2 * step
+    while high - low > 1:
+        middle = (low + high) // 2
+        fewer = _fill(costs, longest_first, middle, capacity)
+        if fewer is None:
+            low = middle
+        else:
+            high, filled = middle, fewer
+    return [sorted(members) for members in filled]
+
+
+def _fill(costs: Sequence[int], longest_first: Sequence[int], num_bins: int, capacity: int) -> list[list[int]] | None:
+    """Each item in turn into the least loaded bin, the first of equal ones; None where one overflows."""
+    loads = [(0, number) for number in range(num_bins)]  # a heap
+    bins = [list[int]() for _ in range(num_bins)]
+    for item in longest_first:
+        load, number = loads[0]
+        if load + costs[item] > capacity:
+            return None
+        heapq.heapreplace(loads, (load + costs[item], number))
+        bins[number].append(item)
+    return bins
 
 
 def _pack_one(groups: Sequence[TokenGroup], row_ids: Sequence[int]) -> PackedBatch:
-    tokens, positions, kv_index, response_rows, targets = (list[int]() for _ in range(5))
-    cu_q, cu_k, cu_responses = [0], [0], [0]
-    keys: list[bytes] = []
+    ids, keys = list[bytes](), list[bytes]()
+    prompt_at, response_at, prompts, lengths, first = (list[int]() for _ in range(5))  # of each sequence
     chosen, rejected, explored = list[int](), list[int](), list[int]()
+    end = 0  # of the ids so far
     for group in groups:
-        first_sequence, prompt_row, prompt = len(keys), len(tokens), list(group.prompt)
         responses = group.responses()
-        for nth, response in enumerate(responses):
-            inputs, row = list(response[:-1]), len(tokens)
-            if nth == 0:
-                inputs, start, shared = prompt + inputs, 0, range(0)
-            else:
-                inputs, start, shared = (
-                    prompt[-1:] + inputs,
-                    len(prompt) - 1,
-                    range(prompt_row, prompt_row + len(prompt) - 1),
-                )
-            tokens += inputs
-            positions += range(start, start + len(inputs))
-            kv_index += (*shared, *range(row, row + len(inputs)))
-            response_rows += range(len(tokens) - len(response), len(tokens))
-            targets += response
-            cu_q.append(len(tokens))
-            cu_k.append(len(kv_index))
-            cu_responses.append(len(targets))
-            keys.append(sequence_key(prompt, response))
+        prompt, texts = _to_bytes(group.prompt), [_to_bytes(response) for response in responses]
+        ids += (prompt, *texts)
+        first_sequence = len(keys)
+        keys += _sequence_keys(prompt, texts)
+        prompt_start, end = end, end + len(group.prompt)
+        for response in responses:
+            prompt_at.append(prompt_start)
+            response_at.append(end)
+            prompts.append(len(group.prompt))
+            lengths.append(len(response))
+            first.append(first_sequence)
+            end += len(response)
         chosen.append(first_sequence + responses.index(group.chosen))
         rejected.append(first_sequence + responses.index(group.rejected))
         explored.append(-1 if group.explored is None else first_sequence + responses.index(group.explored))
+
+    stream = np.frombuffer(b"".join(ids), dtype="<i8")
+    num_prompt, num_response, first_of = _ints(prompts), _ints(lengths), _ints(first)
+    # A branch's queries are the last of its keys: all of them in a group's first branch, elsewhere those from the
+    # prompt's last token on.
+    num_keys = num_prompt + num_response - 1
+    num_shared = np.where(first_of == np.arange(len(keys)), 0, num_prompt - 1)
+    cu_q, cu_k, cu_responses = (_offsets(counts) for counts in (num_keys - num_shared, num_keys, num_response))
+    positions, branch = _ranges(num_shared, num_keys)
+    beyond = positions - num_prompt[branch]
+    tokens = stream[np.where(beyond < 0, _ints(prompt_at)[branch] + positions, _ints(response_at)[branch] + beyond)]
+    key, branch = _ranges(np.zeros_like(num_keys), num_keys)
+    beyond = key - num_shared[branch]
+    kv_index = np.where(beyond < 0, cu_q[first_of][branch] + key, cu_q[:-1][branch] + beyond)
+    response_rows, _ = _ranges(cu_q[1:] - num_response, cu_q[1:])
+    targets, _ = _ranges(_ints(response_at), _ints(response_at) + num_response)
     return PackedBatch(
-        tokens=torch.tensor(tokens),
-        positions=torch.tensor(positions),
-        cu_seqlens_q=torch.tensor(cu_q, dtype=torch.int32),
-        cu_seqlens_k=torch.tensor(cu_k, dtype=torch.int32),
-        kv_index=torch.tensor(kv_index),
+        tokens=_tensor(tokens),
+        positions=_tensor(positions),
+        cu_seqlens_q=_tensor(cu_q, np.int32),
+        cu_seqlens_k=_tensor(cu_k, np.int32),
+        kv_index=_tensor(kv_index),
         max_seqlen_q=max(np.diff(cu_q)).item(),
-        max_seqlen_k=max(np.diff(cu_k)).item(),
-        response_rows=torch.tensor(response_rows),
-        targets=torch.tensor(targets),
-        cu_responses=torch.tensor(cu_responses, dtype=torch.int32),
+        max_seqlen_k=max(num_keys).item(),
+        response_rows=_tensor(response_rows),
+        targets=_tensor(stream[targets]),
+        cu_responses=_tensor(cu_responses, np.int32),
         sequence_keys=tuple(keys),
         row_ids=tuple(row_ids),
         pairs=Pairs(chosen=torch.tensor(chosen), rejected=torch.tensor(rejected), explored=torch.tensor(explored)),
     )
+
+
+def _ints(values: Sequence[int]) -> _Ints:
+    return np.array(values, dtype=np.int64)
+
+
+def _offsets(counts: _Ints) -> _Ints:
+    """0 and the running sum."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
+
+
+def _ranges(starts: _Ints, stops: _Ints) -> tuple[_Ints, _Ints]:
+    """Ranges end to end, and the number of the range that each value is of."""
+    counts = stops - starts
+    which = np.repeat(np.arange(len(counts)), counts)
+    return np.arange(len(which)) + (starts - _offsets(counts)[:-1])[which], which
+
+
+def _tensor(values: npt.NDArray[Any], dtype: npt.DTypeLike = np.int64) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +207,11 @@ class Plan:
 
     def pack_keys(self) -> list[tuple[bytes, ...]]:
         """The sequence keys of every micro-batch, in order: what `batches` will put in each, without packing."""
-        return [
-            tuple(
-                sequence_key(self.groups[i].prompt, response)
-                for i in members
-                for response in self.groups[i].responses()
-            )
-            for step in self.steps
-            for members in step
-        ]
+        return [tuple(key for i in members for key in self._keys_of(i)) for step in self.steps for members in step]
+
+    def _keys_of(self, index: int) -> list[bytes]:
+        group = self.groups[index]
+        return _sequence_keys(_to_bytes(group.prompt), [_to_bytes(response) for response in group.responses()])
 
     def digest(self) -> str:
         """Identity of the packs: their token ids and order."""

@@ -1,6 +1,6 @@
 """What a run will take, before it begins: prompts, steps, disk and hours of every stage, from settings and rows alone.
 
-Hours are arithmetic, not a promise: floating-point operations over the speed of a matmul that is measured on the spot,
+Hours are arithmetic, not a promise: the FLOPs of `selm_fast.roofline` over the speed of a matmul measured on the spot,
 at a stated utilisation; decoding is bound by reading the weights once a token. A ranker's own time is not known.
 """
 
@@ -18,6 +18,7 @@ from selm_fast.errors import Refused
 from selm_fast.iteration.facts import CHARACTERS_A_TOKEN, Lengths, Model, Speed, device_speed, mean_lengths, model_size
 from selm_fast.iteration.paths import Paths
 from selm_fast.iteration.plan import PARALLEL, Stage, num_portions
+from selm_fast.roofline import HeadMode, Settings, Work, flops
 
 UTILISATION: Final = 0.4  # share of a bare matmul's speed that forward and backward passes reach
 BANDWIDTH_SHARE: Final = 0.5  # share of a bare copy's speed at which decoding reads the weights
@@ -73,10 +74,11 @@ class Estimate:
     def _candidates(self, at: RunConfig) -> int:
         return at.rollout.responses + at.samples_base + 2 * at.rank.offline_pair
 
-    def _group_tokens(self, at: RunConfig) -> float:
-        """Tokens of one packed group: the prompt once, chosen, rejected, and an explored response that is neither."""
+    def _groups(self, count: int, at: RunConfig) -> Work:
+        """Packed groups of mean lengths: chosen, rejected, and an explored response that is neither."""
         third = 1 - 2 / max(2, self._candidates(at)) if at.exploration_weight != 0 else 0.0
-        return self._prompt + (2 + third) * min(self._response(at), self.config.data.max_length - self._prompt)
+        response = min(self._response(at), self.config.data.max_length - self._prompt)
+        return Work.of_means(count, self._prompt, response, 2 + third)
 
     def _prepare(self, stage: Stage, at: RunConfig) -> Cost:
         return Cost(f"model and rows, by {at.prepare}", None, None, None)
@@ -101,18 +103,18 @@ class Estimate:
     def _cache(self, stage: Stage, at: RunConfig) -> Cost:
         groups = self.portion(stage.iteration)
         size = groups * 3 * _CACHE_BYTES_A_SEQUENCE
-        tokens = groups * self._group_tokens(at)
-        return Cost(f"{tokens / 1e6:,.1f}M packed tokens", size, size, self._forward(tokens))
+        work = self._groups(groups, at)
+        return Cost(f"{work.tokens / 1e6:,.1f}M packed tokens", size, size, self._seconds(self._forward(work)))
 
     def _train(self, stage: Stage, at: RunConfig) -> Cost:
         groups = self.portion(stage.iteration)
         steps = -(-groups // at.batch.groups) * at.epochs
         what = f"{at.method}, {steps:,} steps of {at.batch.groups} groups, lr {at.optim.lr:g}"
-        tokens = groups * at.epochs * self._group_tokens(at)
-        passes = 4 if at.model.activation_checkpointing == "full" else 3  # forward once or twice, and backward
-        seconds = self._forward(passes * tokens)
         if self.model is None:
-            return Cost(what, None, None, seconds)
+            return Cost(what, None, None, None)
+        work = self._groups(groups * at.epochs, at)
+        settings = Settings(checkpointing=at.model.activation_checkpointing, head=self._head_mode(work, at))
+        seconds = self._seconds(flops(self.model.shape, work, settings).total)
         export = self.model.weights * self.model.compute_bytes
         # fp32 masters and two moments; one checkpoint is written while the others are still there.
         checkpoints = (at.checkpoint.keep + 1) * 12 * self.model.weights
@@ -124,20 +126,37 @@ class Estimate:
         size = prompts * (self._prompt + copies * self._response(at)) * (_JSON_BYTES_A_TOKEN + CHARACTERS_A_TOKEN)
         return Cost(f"{prompts:,} held-out prompts", size, size, self._generation(prompts, copies, at))
 
-    def _forward(self, tokens: float) -> float | None:
+    def _head_mode(self, work: Work, at: RunConfig) -> HeadMode:
+        """What `auto` comes to in a full micro-batch."""
+        from selm_fast.ops.head import KEEP_BUDGET_BYTES
+
+        if at.head_mode != "auto":
+            return at.head_mode
+        assert self.model is not None
+        rows = work.head_rows / work.tokens * min(at.batch.max_tokens, at.batch.groups * work.tokens / work.groups)
+        fits = rows * self.model.shape.vocab * self.model.compute_bytes <= KEEP_BUDGET_BYTES
+        return "keep" if fits else "recompute"
+
+    def _forward(self, work: Work) -> float:
+        """FLOPs of a forward pass."""
+        return 0.0 if self.model is None else flops(self.model.shape, work, Settings(reference=True)).reference
+
+    def _seconds(self, needed: float) -> float | None:
         if self.model is None or self.speed is None:
             return None
-        return 2 * self.model.weights * tokens / (UTILISATION * self.speed.flops)
+        return needed / (UTILISATION * self.speed.flops)
 
     def _generation(self, prompts: int, copies: int, at: RunConfig) -> float | None:
         """Prefill, and one token after another for as many batches as it takes, each as long as it may be."""
-        prefill = self._forward(prompts * self._prompt)
-        if prefill is None or self.model is None or self.speed is None:
+        if self.model is None or self.speed is None:
             return None
         batches = prompts * copies * (self._prompt + at.rollout.max_new_tokens) / at.rollout.max_tokens
         steps = max(1.0, batches) * at.rollout.max_new_tokens
         reading = steps * self.model.weights * self.model.compute_bytes / (BANDWIDTH_SHARE * self.speed.bandwidth)
-        computing = self._forward(prompts * copies * self._response(at)) or 0.0
+        peak = UTILISATION * self.speed.flops
+        prefill = self._forward(Work.of_means(prompts, self._prompt, 1, 1)) / peak
+        decoded = Work.of_means(prompts, self._prompt, self._response(at), copies)
+        computing = self._forward(decoded) / peak - prefill
         return prefill + max(reading, computing)
 
 

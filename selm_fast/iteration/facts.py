@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ from selm_fast.data.sources import read_rows
 from selm_fast.data.tokenizer import load_tokenizer
 from selm_fast.errors import Refused
 from selm_fast.iteration.paths import Paths
+from selm_fast.roofline import CONFIG_NAMES, Shape
 
 CHARACTERS_A_TOKEN: Final = 4.0  # of English under common tokenizers, where no tokenizer is at hand
 _SAMPLE_ROWS: Final = 512
@@ -30,10 +31,15 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """weights: how many.  compute_bytes: of one while it computes, generates and is exported."""
+    """Sizes of a model.  compute_bytes: of a weight while it computes, generates and is exported."""
 
-    weights: int
+    shape: Shape
     compute_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """How many there are."""
+        return self.shape.weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +109,24 @@ def model_size(paths: Paths) -> Model | None:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found)
+        shape = _shape(found.get_text_config(), model)
     except (OSError, ValueError) as error:
         raise Refused(f"model.path {folder} has no configuration of a causal language model: {error}") from error
     _, dtype = choose_device(paths.config)
-    return Model(sum(weight.numel() for weight in model.parameters()), dtype.itemsize)
+    return Model(shape, dtype.itemsize)
+
+
+def _shape(config: Any, model: Any) -> Shape:
+    """A model's sizes, its parameters counted: not every architecture has those that its configuration suggests."""
+    import torch
+
+    # Asked one by one: an architecture may have other names for them. Where it says nothing, an MLP is 4 x hidden wide.
+    sizes = {name: getattr(config, name, None) for name in CONFIG_NAMES}
+    sizes["intermediate_size"] = sizes["intermediate_size"] or 4 * (sizes["hidden_size"] or 0)
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    tables.add(id(model.get_output_embeddings().weight))
+    body = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1 and id(weight) not in tables)
+    return replace(Shape.from_config(sizes), body=body, weights=sum(weight.numel() for weight in model.parameters()))
 
 
 def device_speed(config: RunConfig) -> Speed:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selm_fast.batch import PackedBatch
+from selm_fast.data import packing
 from selm_fast.data.groups import TokenGroup
 from selm_fast.data.packing import balance, pack, plan_epoch, sequence_key
 from selm_fast.ops import Pairs
@@ -227,6 +228,29 @@ def test_balance_puts_the_longest_first_into_the_least_loaded(costs: list[int], 
         assert max(fewer) > capacity
 
 
+@pytest.mark.parametrize("cost", [51, 34, 26])  # one, two, three to a bin of 100, and more bins than their sum needs
+def test_balance_finds_the_fewest_bins_without_trying_them_all(cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    fill = packing._fill
+
+    def counted(costs: Sequence[int], order: Sequence[int], num_bins: int, capacity: int) -> list[list[int]] | None:
+        tried.append(num_bins)
+        return fill(costs, order, num_bins, capacity)
+
+    monkeypatch.setattr(packing, "_fill", counted)
+    costs = [cost] * 3000
+    bins = balance(costs, 100)
+    assert len(bins) == 3000 // (100 // cost)
+    assert sorted(item for members in bins for item in members) == list(range(3000))
+    assert len(tried) <= 24
+    assert tried[0] == -(-sum(costs) // 100)
+
+
+def test_balance_gives_equally_loaded_bins_in_their_order() -> None:
+    assert balance([4, 4, 4, 2, 2, 2], 6) == [[0, 3], [1, 4], [2, 5]]
+    assert balance([], 6) == [[]]
+
+
 def test_balance_by_example() -> None:
     # Two bins would hold 24 in all, but 9, 5, 5, 4 lead to 13 in one of them.
     assert balance([5, 9, 5, 1, 4], 12) == [[1], [0, 4], [2, 3]]
@@ -309,6 +333,19 @@ def test_the_digest_of_a_plan_changes_with_every_token_and_with_the_order() -> N
         changed += 1
     digests.add(plan_epoch(groups[::-1], **arguments).digest())
     assert len(digests) == changed + 2
+
+
+def test_a_plan_and_its_digest_are_those_of_every_machine_and_version() -> None:
+    """Reference caches are filed under the digest: if it moved, every cache would be computed again."""
+    plan = plan_epoch(some_groups(12), groups_per_step=5, max_tokens=250, seed=3)
+    assert plan.steps == (((2, 10), (11, 7, 0)), ((1, 4), (6, 9, 5)), ((3, 8),))
+    assert plan.digest() == "655ec9d1c3531a94f9485645027dcbcc2212e85b3967782f6b5be7752905a3fb"
+
+
+def test_ids_of_any_vocabulary_are_packed() -> None:
+    (batch,) = pack([TokenGroup([2**31, 7], [0, 2**40], [151_935])])
+    assert batch.tokens.tolist() == [2**31, 7, 0, 7]
+    assert batch.targets.tolist() == [0, 2**40, 151_935]
 
 
 def test_a_group_that_fits_no_batch_is_refused() -> None:
