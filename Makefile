@@ -17,7 +17,7 @@ export MKL_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env demo extension lint test test-all test-floor test-latest mutants aot bench-ops gpu-test clean
+.PHONY: help env demo extension lint test test-all test-floor test-latest mutants aot bench bench-ops gpu-bench gpu-test clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F '|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -66,6 +66,15 @@ bench-ops: extension ## times the kernels beside their peers on this machine and
 
 # The interpreter that is given, or python3: it has torch already, and nothing is installed.
 GPU_PYTHON = $(if $(filter default undefined file,$(origin PYTHON)),python3,$(PYTHON))
+
+# All cores, as for every measurement.
+bench: extension ## trains beside TRL and plain torch on this machine, in under ten minutes, and renders the results (DATA=folder of real rows)
+	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS .venv/bin/python -m benchmarks.bench $(if $(DATA),--data "$(DATA)")
+	.venv/bin/python -m benchmarks.report
+
+gpu-bench: ## the same on one NVIDIA GPU, nothing installed (PART=peers|ladder|scaling, SHAPE=1b, DATA=, WHEELS=folder of what is missing, PYTHON=)
+	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS "$(GPU_PYTHON)" benchmarks/bench.py --device cuda \
+		$(if $(PART),--part $(PART)) $(if $(SHAPE),--shape $(SHAPE)) $(if $(DATA),--data "$(DATA)") $(if $(WHEELS),--wheels "$(WHEELS)")
 
 gpu-test: ## on a machine with an NVIDIA GPU: builds, runs the gpu tests and times the kernels (PYTHON=its python with torch)
 	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS "$(GPU_PYTHON)" benchmarks/gpu_test.py

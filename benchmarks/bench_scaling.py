@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +107,26 @@ def verdicts(part: dict[str, Any]) -> Iterator[str]:
         yield f"Target {target['target']}: {target['measured']:.4g}, at most {target['bound']:.4g}: {verdict}"
 
 
-def measure_part(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Results of one part, and its Markdown."""
+def measure_part(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Results of one part."""
     if name == "data":
-        result = scaling_data.run_data(quick=args.quick)
-        lines = list(data_table(result))
+        return scaling_data.run_data(quick=args.quick)
+    if name == "steps":
+        return scaling_steps.run_steps(args.steps, args.device)
+    return scaling_sweeps.run_sweep(name, args.device, args.repeats, quick=args.quick)
+
+
+def part_table(name: str, part: dict[str, Any], device: str) -> Iterator[str]:
+    """One part as Markdown, with its targets."""
+    if name == "data":
+        yield from data_table(part)
     elif name == "steps":
-        result = scaling_steps.run_steps(args.steps, args.device)
-        lines = list(steps_table(result))
+        yield from steps_table(part)
     else:
-        result = scaling_sweeps.run_sweep(name, args.device, args.repeats, quick=args.quick)
-        lines = list(sweep_table(result, args.device))
-    return result, [*lines, *verdicts(result), *([""] if "targets" in result else [])]
+        yield from sweep_table(part, device)
+    yield from verdicts(part)
+    if "targets" in part:
+        yield ""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -150,30 +158,40 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
+def run(args: argparse.Namespace, say: Callable[[str], Any]) -> dict[str, Any]:
+    """Measure the parts -> the section "scaling" of a result, each part's Markdown said as soon as it is there."""
+    torch.set_num_threads(args.threads)
+    section: dict[str, Any] = {"device": args.device, "quick": args.quick, "repeats": args.repeats, "parts": {}}
+    for name in args.only:
+        section["parts"][name] = measure_part(name, args)
+        say("\n".join(part_table(name, section["parts"][name], args.device)))
+    return section
+
+
+def table(section: dict[str, Any]) -> Iterator[str]:
+    """A whole section as Markdown."""
+    for name, part in section["parts"].items():
+        yield from part_table(name, part, section["device"])
+
+
+def failures(section: dict[str, Any]) -> list[str]:
+    """What is wrong, and which targets are missed."""
+    bad = []
+    for part in section["parts"].values():
+        bad += [f"WRONG: {problem}" for problem in part.get("problems", ())]
+        bad += [f"MISSED: {target['target']}" for target in part.get("targets", ()) if not target["met"]]
+    return bad
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write -> exit code: 1 where a packed step is wrong or a target is missed."""
     given = sys.argv[1:] if arguments is None else arguments
     args = parse(given)
-    torch.set_num_threads(args.threads)
-    results: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/bench_scaling.py", *given]),
-        "commit": machine.commit(),
-        "machine": machine.machine(args.device),
-        "versions": machine.versions(),
-        "device": args.device,
-        "quick": args.quick,
-        "repeats": args.repeats,
-        "parts": {},
-    }
-    bad = []
-    for name in args.only:
-        part, lines = measure_part(name, args)
-        results["parts"][name] = part
-        bad += [f"WRONG: {problem}" for problem in part.get("problems", ())]
-        bad += [f"MISSED: {target['target']}" for target in part.get("targets", ()) if not target["met"]]
-        print("\n".join(lines), flush=True)
-        machine.write_json(args.json, results)
+    section = run(args, print)
+    command = shlex.join(["python", "benchmarks/bench_scaling.py", *given])
+    machine.write_json(args.json, machine.described(args.device, command) | section)
     print(f"written: {args.json}")
+    bad = failures(section)
     print("\n".join(bad or ["all targets met"]))
     return 1 if bad else 0
 

@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
 PACKAGES = ("triton", "transformers", *PEERS)
-SOURCES = ("selm_fast/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h", "setup.py", "benchmarks/*.py")
+SOURCES = ("selm_fast/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h", "setup.py", "benchmarks/**/*.py")
 
 
 def processor() -> str:
@@ -117,6 +119,25 @@ def result_path(stem: str, device: str) -> Path:
     """STEM_DEVICE.json in the folder of the results."""
     slug = re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
     return results_folder() / f"{stem}_{slug}.json"
+
+
+def described(device: str, command: str) -> dict[str, Any]:
+    """What every result begins with: how, from which sources, where, with what, and on which day it was made."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "machine": machine(device),
+        "versions": versions(),
+    }
+
+
+def dated_path(result: Mapping[str, Any]) -> Path:
+    """MACHINE_DATE_COMMIT.json in the folder of the results, from a result that begins as `described`."""
+    facts, made = result["machine"], result["commit"]
+    slug = re.sub(r"[^a-z0-9]+", "_", facts.get("gpu", facts["cpu"]).lower()).strip("_")
+    made_from = (made["id"] or made["sources"])[:7]
+    return results_folder() / f"{slug}_{result['date']}_{made_from}.json"
 
 
 def results_folder() -> Path:

@@ -136,13 +136,13 @@ def extra_bytes(function: Callable[[], Any], device: str) -> int | None:
         kept = function()
         torch.cuda.synchronize()
         return max(0, torch.cuda.max_memory_allocated() - before - nbytes(kept))
-    resident = _resident_bytes("VmRSS") if _forget_peak() else None
+    resident = resident_bytes() if forget_peak() else None
     kept = function()
-    peak = _resident_bytes("VmHWM")
+    peak = peak_resident_bytes()
     return None if resident is None or peak is None else max(0, peak - resident - nbytes(kept))
 
 
-def _forget_peak() -> bool:
+def forget_peak() -> bool:
     """Let the peak of the process be its present size. (getrusage's peak has that of the parent process in it.)"""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -151,7 +151,17 @@ def _forget_peak() -> bool:
     return True
 
 
-def _resident_bytes(field: str) -> int | None:
+def resident_bytes() -> int | None:
+    """Memory of this process, bytes; None where the system does not tell."""
+    return _status_bytes("VmRSS")
+
+
+def peak_resident_bytes() -> int | None:
+    """Its peak since the last `forget_peak`."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int | None:
     try:
         match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
     except OSError:

@@ -24,6 +24,7 @@ from selm_fast.training import export, reference_cache
 from selm_fast.training.cache_identity import cache_identity, versions
 from selm_fast.training.cache_parts import drop_parts, join_parts, only_part, part_folder, part_of
 from selm_fast.training.final import is_run, load_masters
+from selm_fast.training.host_memory import reused_memory
 from selm_fast.training.loop import Trainer
 from selm_fast.training.machine import check_room, choose_device
 from selm_fast.training.masters import Masters, weights_digest
@@ -85,6 +86,10 @@ class Run:
         Raises Refused and Stopped as `train` does.
         """
         device, dtype = choose_device(self.config)
+        with reused_memory(device):
+            self._fill_cache(device, dtype, index, count)
+
+    def _fill_cache(self, device: torch.device, dtype: torch.dtype, index: int, count: int) -> None:
         tokenizer, data, held_out = self._inputs(_measure(self.config)[0], None)
         policy = self._load(self.config.model.reference or self.config.model.path, device)
         self._prepare(policy, dtype)
@@ -127,6 +132,18 @@ class Run:
         folder = RunFolder(config.output_dir.expanduser())
         record = folder.check(config)
         device, dtype = choose_device(config)
+        with reused_memory(device):
+            return self._train(rows, folder, record, device, dtype)
+
+    def _train(
+        self,
+        rows: Iterable[Mapping[str, Any]] | None,
+        folder: RunFolder,
+        record: dict[str, Any] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> TrainResult:
+        config = self.config
         if config.log.tensorboard:
             summary_writer()
         vocab_size, num_weights = _measure(config)  # a missing model is told of before its tokenizer

@@ -1,0 +1,84 @@
+"""`make bench` and `make gpu-bench`: every benchmark of training, into one result.
+
+    python benchmarks/bench.py                                   # the CPU: under 10 minutes on two cores
+    python benchmarks/bench.py --device cuda --part peers        # one GPU, a part a call: peers, ladder or scaling
+    python benchmarks/bench.py --device cuda --wheels folder     # peers from wheels: nothing is installed
+
+A part that is measured later at the same commit on the same day goes into the same file, benchmarks/results/
+MACHINE_DATE_COMMIT.json, which benchmarks/report.py renders. Exit code: 1 where a contestant computes something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+PARTS = ("peers", "ladder", "scaling")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the parts that are asked for -> exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
+    parser.add_argument("--shape", help="of the model (default: small on a CPU, 1b on a GPU)")
+    parser.add_argument("--data", type=Path, help="folder of selm_train.jsonl and tokenizer/ (default: generated rows)")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels of what is not installed")
+    args = parser.parse_args(given)
+    if args.wheels is None:
+        return measure(args, given)
+    with tempfile.TemporaryDirectory(prefix="wheels-") as unpacked:
+        wheels = sorted(args.wheels.glob("*.whl"))
+        if not wheels:
+            parser.error(f"--wheels is {args.wheels}; expected a folder of .whl files")
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(unpacked)
+        sys.path.append(unpacked)  # the last place: what is installed comes first; new processes inherit it
+        return measure(args, given)
+
+
+def measure(args: argparse.Namespace, given: Sequence[str]) -> int:
+    """Run the parts, print, write -> exit code."""
+    # Not at the top: these import what may be in the wheels.
+    from benchmarks import bench_scaling, bench_train, machine
+    from benchmarks.train import field, tables
+
+    parts, section = args.part or PARTS, {}
+    result = machine.described(args.device, shlex.join(["python", "benchmarks/bench.py", *given]))
+    path = machine.dated_path(result)
+    options = ["--device", args.device]
+    if not {"peers", "ladder"}.isdisjoint(parts):
+        options_of_train = [*options, *(["--shape", args.shape] if args.shape else [])]
+        options_of_train += ["--data", str(args.data)] if args.data else []
+        if not {"peers", "ladder"} <= set(parts):
+            rungs = {entry.name for entry in field.ladder()} | {field.OURS, field.COMPILED}
+            names = [entry.name for entry in field.contestants() if (entry.name in rungs) == ("ladder" in parts)]
+            names += [field.OURS] if "peers" in parts else []
+            options_of_train += ["--only", ";".join(names)]
+        try:
+            section["train"] = bench_train.run(bench_train.parse(options_of_train), print)
+        except bench_train.Disagreement as error:
+            print(f"error: no speed is shown, for not all compute the same:\n{error}", file=sys.stderr)
+            return 1
+        print("\n".join(tables.train(section["train"])), flush=True)
+    if "scaling" in parts:
+        section["scaling"] = bench_scaling.run(bench_scaling.parse([*options, "--quick"]), print)
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    machine.write_json(path, before | result | section)
+    print(f"written: {path}; python -m benchmarks.report renders it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The contestants of bench_train.py, and what they train on."""

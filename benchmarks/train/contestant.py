@@ -1,0 +1,97 @@
+"""What a contestant is, and the gate that it comes to after every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.train.workload import Row, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run: every row once, in order, `workload.settings.groups` a step.
+
+    reference: weights of the reference; None: the model before its first step.  scratch: a folder for its files.
+    """
+
+    workload: Workload
+    rows: Sequence[Row]
+    reference: Path | None
+    scratch: Path
+
+
+class Gate(Protocol):
+    """Where a contestant reports, and waits for its next turn."""
+
+    def reference_pass(self) -> AbstractContextManager[None]:
+        """What runs inside is a pass over all rows for reference log-probs: timed, and counted in."""
+
+    def ready(self) -> None:
+        """All is set up; the first step comes next."""
+
+    def step(self, loss: float, grad_norm: float) -> None:
+        """An optimiser step is done: its loss, and its gradient norm before clipping."""
+
+
+Runner = Callable[[Job, Gate], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestant:
+    """A way to train.
+
+    module, function, options: the `Runner`, by name, so that a process loads its own peer only; options are its
+    keyword arguments.  method: whose loss.  ours: whether this package computes it, in whole or in part.
+    """
+
+    name: str
+    what: str
+    module: str
+    function: str
+    method: str  # "selm" | "dpo"
+    ours: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    sorted_by_length: bool = False
+    warm_up: int = 1  # first steps that are not counted
+
+    @property
+    def exploring(self) -> bool:
+        """Does it read the explored response?"""
+        return self.method == "selm"
+
+
+def batches(rows: Sequence[Row], groups: int, rounds: int) -> list[Row]:
+    """The rows of `rounds` steps, the first ones of the workload."""
+    return list(rows[: groups * rounds])
+
+
+def batches_by_length(rows: Sequence[Row], groups: int, rounds: int, exploring: bool) -> list[Row]:
+    """The rows of `rounds` steps where rows are sorted by length first: batches from evenly spaced places.
+
+    What a whole epoch sorted by length would cost a group, from a few of its steps.
+    """
+    longest_first = sorted(rows, key=lambda row: len(row.prompt) + max(map(len, row.distinct(exploring))), reverse=True)
+    found: list[Row] = []
+    for nth in range(rounds):
+        start = round((len(rows) - groups) * (nth + 0.5) / rounds)
+        found += longest_first[start : start + groups]
+    return found
+
+
+class Stopwatch:
+    """Seconds on the wall and of CPU time of this process, since the last lap."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def lap(self) -> tuple[float, float]:
+        """(wall, CPU) since the last lap."""
+        now = time.perf_counter(), time.process_time()
+        passed = now[0] - self._wall, now[1] - self._cpu
+        self._wall, self._cpu = now
+        return passed

@@ -1,0 +1,335 @@
+"""The training benchmark: the same loss by every way to train, the gate that sees to it, figures and targets."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench_train
+from benchmarks.train import field, figures, gemms, ladder, race, tables, worker, workload
+from benchmarks.train.contestant import Contestant, Job, batches_by_length
+from benchmarks.train.workload import Row, Settings, Workload, make_workload, parity_rows
+from selm_fast.data.packing import TokenGroup, pack
+from selm_fast.model import Policy
+from selm_fast.roofline import Settings as StepSettings
+from selm_fast.roofline import flops
+
+TINY = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+SETTINGS = Settings(groups=4, max_length=64, max_prompt_length=16, max_tokens=128)
+HAS_TRL = importlib.util.find_spec("trl") is not None
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model and rows of a few thousand numbers under the name of the small ones."""
+    monkeypatch.setitem(workload.SHAPES, "small", TINY)
+    monkeypatch.setitem(workload.LENGTHS, "small", (6, 14, 11, 12))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Workload:
+    """A workload in fp32."""
+    return make_workload(
+        tmp_path, shape="small", device="cpu", dtype="fp32", settings=SETTINGS, data=None, generated=40
+    )
+
+
+def job_of(made: Workload, tmp_path: Path, alpha: float) -> Job:
+    exploring = replace(made, settings=replace(made.settings, alpha=alpha))
+    return Job(workload=exploring, rows=parity_rows(made.rows(), 4), reference=made.reference, scratch=tmp_path)
+
+
+def figures_of(entry: Contestant, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What a contestant reports of one step."""
+    from selm_fast.ops import attention_choice
+
+    monkeypatch.setattr(attention_choice, "BACKENDS", dict(attention_choice.BACKENDS))
+    module = importlib.import_module(entry.module)
+    once = worker.Once()
+    getattr(module, entry.function)(replace(job, scratch=tmp_path / entry.name), once, **entry.options)
+    attention_choice.choose.cache_clear()
+    return once.found
+
+
+ENTRIES = {entry.name: entry for entry in field.contestants()}
+NOT_COMPILED = [name for name in ENTRIES if name != field.COMPILED]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", NOT_COMPILED)
+def test_every_contestant_computes_the_same_loss_and_gradient_norm(
+    name: str, made: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = ENTRIES[name]
+    if "trl" in entry.module and not HAS_TRL:
+        pytest.skip("trl is not installed (extra: peer)")
+    job = job_of(made, tmp_path, workload.PARITY_ALPHA)
+    exact = exact_figures(job, entry.method)
+    found = figures_of(entry, job, tmp_path, monkeypatch)
+    for what, value in exact.items():
+        assert found[what] == pytest.approx(value, rel=race.TOLERANCE["fp32"]), what
+
+
+def exact_figures(job: Job, method: str) -> dict[str, float]:
+    """Loss and gradient norm in float64, a sequence at a time, from the formula itself."""
+    from transformers import AutoModelForCausalLM
+
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        for path in (job.workload.model, job.workload.reference)
+    )
+    settings = job.workload.settings
+    losses = []
+    for row in job.rows:
+        ratios = {}
+        for role in ("chosen", "rejected", "explored"):
+            ids = torch.tensor([row.prompt + getattr(row, role)])
+            first = len(row.prompt)
+            logps = [
+                model(input_ids=ids).logits[0, first - 1 : -1].log_softmax(-1).gather(1, ids[0, first:, None]).sum()
+                for model in (policy, reference)
+            ]
+            ratios[role] = logps[0] - logps[1].detach()
+        loss = -torch.nn.functional.logsigmoid(settings.beta * (ratios["chosen"] - ratios["rejected"]))
+        if method == "selm":
+            loss = loss + settings.alpha * settings.beta * ratios["explored"]
+        losses.append(loss)
+    total = torch.stack(losses).mean()
+    total.backward()
+    norms = [parameter.grad.norm() for parameter in policy.parameters() if parameter.grad is not None]
+    return {"loss": total.item(), "grad_norm": torch.stack(norms).norm().item()}
+
+
+def test_the_gates_loss_depends_on_every_term(made: Workload, tmp_path: Path) -> None:
+    """Else a contestant that leaves one out would pass."""
+    with_it = exact_figures(job_of(made, tmp_path, workload.PARITY_ALPHA), "selm")
+    without = exact_figures(job_of(made, tmp_path, workload.PARITY_ALPHA), "dpo")
+    for what in with_it:
+        assert abs(with_it[what] - without[what]) > 3 * race.TOLERANCE["bf16"] * without[what], what
+    assert abs(without["loss"] - 0.693147) > 0.01  # a wrong sign, or no reference, would show
+
+
+def test_packs_without_sharing_or_aliases_have_the_log_probs_of_shared_ones(made: Workload) -> None:
+    policy = Policy.from_pretrained(made.model)
+    rows = parity_rows(made.rows(), 4)
+    groups = [TokenGroup(row.prompt, row.chosen, row.rejected, row.explored) for row in rows]
+    (shared,) = pack(groups)
+    for shares in (False, True):
+        apart = ladder.pack_apart(groups, shares)
+        assert apart.tokens.numel() > shared.tokens.numel()
+        with torch.no_grad():
+            known, found = policy.sequence_logps(shared), policy.sequence_logps(apart)
+        for role in ("chosen", "rejected", "explored"):
+            expected, got = known[getattr(shared.pairs, role)], found[getattr(apart.pairs, role)]
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_generated_rows_are_repeatable_within_limits_and_of_all_kinds(made: Workload, tmp_path: Path) -> None:
+    rows = made.rows()
+    again = make_workload(
+        tmp_path / "again", shape="small", device="cpu", dtype="fp32", settings=SETTINGS, data=None, generated=40
+    )
+    assert again.rows() == rows
+    for row in rows:
+        assert 2 <= len(row.prompt) <= SETTINGS.max_prompt_length
+        for response in (row.chosen, row.rejected, row.explored):
+            assert len(row.prompt) + len(response) <= SETTINGS.max_length
+            assert response[-1] == 2
+    kinds = [row.explored == row.chosen for row in rows], [row.explored == row.rejected for row in rows]
+    assert 0.3 < sum(kinds[0]) / len(rows) < 0.7
+    assert 0.05 < sum(kinds[1]) / len(rows) < 0.4
+    gate = parity_rows(rows, 4)
+    for aliases in ([row.explored == row.chosen for row in gate], [row.explored == row.rejected for row in gate]):
+        assert set(aliases) == {True, False}
+
+
+def test_useful_tokens_count_the_prompt_and_equal_responses_once() -> None:
+    row = Row(prompt=[5] * 7, chosen=[6] * 4, rejected=[7] * 3, explored=[6] * 4)
+    assert row.useful_tokens(True) == row.useful_tokens(False) == 7 + 4 + 3
+    assert replace(row, explored=[8] * 9).useful_tokens(True) == 7 + 4 + 3 + 9
+
+
+def test_batches_sorted_by_length_are_of_like_lengths_from_evenly_spaced_places() -> None:
+    rows = [Row(prompt=[1], chosen=[2] * n, rejected=[3], explored=[4]) for n in range(100, 0, -1)]
+    found = [len(row.chosen) for row in batches_by_length(rows[::-1], 10, 2, False)]
+    assert found == [*range(78, 68, -1), *range(32, 22, -1)]
+
+
+def runner_of(entry: Contestant, made: Workload, **said: Any) -> race.Runner:
+    job = Job(workload=made, rows=made.rows()[:20], reference=None, scratch=Path())
+    runner = race.Runner(entry, job, None, None)  # type: ignore[arg-type]
+    for name, value in said.items():
+        setattr(runner, name, value)
+    return runner
+
+
+def test_whoever_differs_fails_or_lacks_a_yardstick_is_named(made: Workload) -> None:
+    good = {"loss": 0.75, "grad_norm": 6.0}
+    plain = runner_of(ENTRIES[field.PLAIN], made, parity=good)
+
+    def said(**parity: Any) -> list[str]:
+        ours = runner_of(ENTRIES[field.OURS], made, parity=good | parity)
+        return race.disagreements([plain, ours], field.YARDSTICK, "fp32")
+
+    assert said() == said(loss=0.75 * (1 + 0.9e-4)) == []
+    assert "selm_fast: loss" in said(loss=0.75 * (1 + 1.1e-4))[0]
+    assert "selm_fast: grad_norm" in said(grad_norm=6.0 * (1 - 1.1e-4))[0]
+    assert said(loss=float("nan")) and said(grad_norm=float("nan"))
+    ours = runner_of(ENTRIES[field.OURS], made, parity=good)
+    assert "its yardstick, is not there" in race.disagreements([ours], field.YARDSTICK, "fp32")[0]
+    ours.failed = "out of memory"
+    assert race.disagreements([plain, ours], field.YARDSTICK, "fp32") == ["selm_fast: out of memory"]
+
+
+def test_a_worker_says_how_it_failed() -> None:
+    here, there = multiprocessing.Pipe()
+    entry = replace(ENTRIES[field.PLAIN], function="no_such_function")
+    worker.main(there, entry, None, None, 1)  # type: ignore[arg-type]
+    kind, values = here.recv()
+    assert kind == "failed"
+    assert "no_such_function" in values["why"]
+
+
+def steps(*walls: float) -> list[dict[str, float]]:
+    return [{"wall_s": wall, "cpu_s": 2 * wall, "loss": 0.7, "grad_norm": 1.0} for wall in walls]
+
+
+def test_figures_of_given_times(made: Workload) -> None:
+    setup = {"setup_s": 3.0, "reference_s": 2.0}
+    runner = runner_of(ENTRIES[field.OURS], made, setup=setup, steps=steps(99.0, 1.0, 2.0, 4.0), peak_bytes=2**30)
+    rows = made.rows()
+    tokens = [sum(row.useful_tokens(True) for row in rows[i : i + 4]) for i in (4, 8, 12)]
+    row = figures.figures(runner, made, mean_tokens=50.0, peak=1e9)
+    rates = [count / wall / 50.0 for count, wall in zip(tokens, (1.0, 2.0, 4.0), strict=True)]
+    rate = sorted(rates)[1]
+    assert row["groups_per_s"]["median"] == pytest.approx(rate)
+    assert row["groups_per_cpu_s"] == pytest.approx(rate / 2)
+    assert row["tokens_per_s"] == pytest.approx(rate * 50.0)
+    reference = 2.0 / sum(row.useful_tokens(True) for row in rows[:20]) * 50.0  # seconds a group
+    assert row["groups_per_s_with_reference"] == pytest.approx(1 / (1 / rate + reference))
+    assert row["epoch_s"] == pytest.approx(3.0 + 40 * (1 / rate + reference))
+    work = figures.work_of(rows[4:8], True)
+    shape = figures.shape_of(made)
+    assert 0 < row["mfu"] < 1
+    both = flops(shape, work, StepSettings(reference=False))
+    assert 0.9 * both.total < row_flops(row, tokens, made) < both.total * 1.01
+
+
+def row_flops(row: dict[str, Any], tokens: list[int], made: Workload) -> float:
+    """FLOPs of the first counted step, from the utilisation of a row whose rates are all equal to it."""
+    runner = runner_of(
+        ENTRIES[field.OURS], made, setup={"setup_s": 0.0, "reference_s": 0.0}, steps=steps(9.0, 1.0), peak_bytes=0
+    )
+    return figures.figures(runner, made, mean_tokens=50.0, peak=1.0)["mfu"]
+
+
+def rows_of(made: Workload, ours: float, trl: float, gemm: float, memory: tuple[int, int]) -> list[dict[str, Any]]:
+    setup = {"setup_s": 0.0, "reference_s": 0.0}
+    times = {field.OURS: (ours, memory[0]), field.TRL_SELM: (trl, memory[1]), field.CACHED_DPO: (4.0, 8),
+             field.OURS_DPO: (0.5, 1)}  # fmt: skip
+    found = [
+        figures.figures(runner_of(ENTRIES[name], made, setup=setup, steps=steps(9.0, wall, wall), peak_bytes=peak),
+                        made, 50.0, 1e9)
+        for name, (wall, peak) in times.items()
+    ]  # fmt: skip
+    yardstick = runner_of(field.yardsticks()[0], made, setup=setup, steps=steps(9.0, gemm, gemm))
+    return [*found, figures.figures(yardstick, made, 50.0, 1e9)]
+
+
+def test_targets_are_met_at_their_bounds_and_missed_beyond_them(made: Workload) -> None:
+    def verdicts(*args: Any) -> list[bool | None]:
+        return [one["met"] for one in figures.targets(rows_of(made, *args), made, "a processor", 2)]
+
+    assert verdicts(1.0, 7.0, 1 / 1.2, (25, 100)) == [True] * 4
+    assert verdicts(1.0, 6.9, 0.83, (26, 100)) == [False, False, False, True]
+    rows = rows_of(made, 1.0, 7.0, 1 / 1.2, (25, 100))
+    assert [one["met"] for one in figures.targets(rows[1:], made, "a processor", 2)] == [None, None, None, True]
+    threads = figures.targets(rows, made, "a processor", 4)
+    assert {one["met"] for one in threads} == {None} and "2 threads" in threads[0]["why"]
+    assert figures.targets(rows, replace(made, dtype="bf16"), "a processor", 2) == []
+    assert [one["bound"] for one in figures.targets(rows, replace(made, device="cuda"), "NVIDIA H200", 2)] == [4.0]
+
+
+def test_bare_gemms_are_the_flops_of_the_model(made: Workload, tmp_path: Path) -> None:
+    """Counted product by product: those of a training step that keeps everything, but that scores are formed once."""
+    job = Job(workload=made, rows=made.rows()[:4], reference=None, scratch=tmp_path)
+    total = 0
+    for batch in gemms.batches(job.rows, job, "selm"):
+        for call in gemms.gemms(batch, job, attention=True):
+            if isinstance(call, gemms.Linear):
+                total += 3 * 2 * call.rows * call.into * call.out
+            else:
+                total += 6 * 2 * call.heads * call.queries * call.keys * call.size
+    exact = flops(figures.shape_of(made), figures.work_of(job.rows, True), StepSettings())
+    expected = exact.total - exact.attention.backward * (0.5 / 2.5)  # two forwards, not two and a half
+    assert total == pytest.approx(expected, rel=0.01)
+
+
+def test_bare_gemms_compute_what_they_say(made: Workload, tmp_path: Path) -> None:
+    job = Job(workload=made, rows=made.rows()[:4], reference=None, scratch=tmp_path)
+    pools = gemms.Pools(job)
+    linear = gemms.Linear(rows=5, into=3, out=7)
+    linear.reserve(pools)
+    x, weight = pools.view("x", 5, 3).clone(), pools.view("weight", 7, 3).clone()
+    linear.run(pools)
+    y = x @ weight.T
+    torch.testing.assert_close(pools.view("y", 5, 7), y)
+    torch.testing.assert_close(pools.view("dx", 5, 3), y @ weight)
+    torch.testing.assert_close(pools.view("dweight", 7, 3), y.T @ x)
+
+
+def test_the_whole_benchmark_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Processes, gate, rounds, profile, figures, tables, JSON: of contestants that start quickly."""
+    path = tmp_path / "result.json"
+    only = ";".join([field.PLAIN, "packing", "+ aliases", field.OURS])
+    assert bench_train.main(["--only", only, "--rounds", "2", "--json", str(path)]) == 0
+    result = json.loads(path.read_text("utf-8"))
+    train = result["train"]
+    assert [row["name"] for row in train["contestants"]] == only.split(";")
+    assert {row["name"] for row in train["yardsticks"]} == {field.GEMMS, field.LINEAR_GEMMS}
+    for row in train["contestants"]:
+        assert row["failed"] is None
+        assert len(row["wall_s"]) == 2 and min(row["wall_s"]) > 0
+        assert row["groups_per_s"]["low"] <= row["groups_per_s"]["median"] <= row["groups_per_s"]["high"]
+    ours = train["contestants"][-1]
+    assert ours["reference_s"] > 0 and "matmuls" in ours["breakdown"] and train["roofline"]["body"] > 0
+    text = "\n".join(tables.train(train))
+    assert f"| {field.OURS} | {ours['groups_per_s']['median']:.2f} |" in text
+    assert text in capsys.readouterr().out
+
+
+def test_no_speed_is_shown_where_one_computes_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = replace(ENTRIES["packing"], options={"rungs": ("no alpha",)}, module="tests.benchmarks.broken")
+    monkeypatch.setattr(field, "contestants", lambda: [ENTRIES[field.PLAIN], broken])
+    path = tmp_path / "result.json"
+    assert bench_train.main(["--rounds", "1", "--json", str(path)]) == 1
+    out = capsys.readouterr()
+    assert "packing: loss is" in out.err
+    assert "groups/s" not in out.out and not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rounds", "0"], "--rounds is 0; expected 1 or more"),
+        (["--only", "TLR SELM"], "--only names 'TLR SELM'"),
+        (["--data", "nowhere"], "--data is nowhere; expected a folder with selm_train.jsonl"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        bench_train.main(arguments)
+    assert refusal.value.code == 2
+    assert said in capsys.readouterr().err
