@@ -74,7 +74,7 @@ def train(job: Job, gate: Gate, rungs: Sequence[str], stack: ExitStack) -> None:
 
 
 def load(job: Job, path: Path, rungs: Sequence[str], stack: ExitStack) -> Policy:
-    """A policy in fp32; without KERNELS attention is torch's, and norms and feed-forward layers are transformers' own."""
+    """A policy in fp32; without KERNELS its attention is torch's, and its layers are all transformers' own."""
     if KERNELS not in rungs:
         attention_choice.BACKENDS.pop("cpp", None)
         attention_choice.choose.cache_clear()
