@@ -58,6 +58,7 @@ class Contestant:
     options: dict[str, Any] = field(default_factory=dict)
     sorted_by_length: bool = False
     warm_up: int = 1  # first steps that are not counted
+    keeps_freed: bool = False  # does it keep freed memory from step to step? Others' is given back while they wait
 
     @property
     def exploring(self) -> bool:

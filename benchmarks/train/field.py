@@ -88,5 +88,5 @@ def _trl(
 def _own(name: str, what: str, method: str, *, compiled: bool = False) -> Contestant:
     return Contestant(
         name=name, what=what, module="benchmarks.train.own", function="run", method=method, ours=True,
-        options={"method": method, "compiled": compiled}, warm_up=2 if compiled else 1,
+        options={"method": method, "compiled": compiled}, warm_up=2 if compiled else 1, keeps_freed=True,
     )  # fmt: skip

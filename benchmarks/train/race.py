@@ -81,12 +81,14 @@ class Runner:
 def start(contestant: Contestant, workload: Workload, rounds: int, threads: int) -> Runner:
     """Start a contestant's process; it goes on to the parity gate by itself."""
     rows, groups = workload.rows(), workload.settings.groups
-    steps = rounds + 2  # the warm-up, and one to be profiled
+    steps = rounds + 1  # one to be profiled
     steps += rounds * entrants.SPRINT if contestant.name in entrants.SPRINTERS else 0
     if contestant.sorted_by_length:
         chosen = batches_by_length(rows, groups, steps, contestant.exploring)
     else:
         chosen = batches(rows, groups, steps)
+    # The first step is not counted: it shall be quick.
+    chosen = [*parity_rows(rows, groups), *chosen]
     job = Job(workload=workload, rows=chosen, reference=None, scratch=Path())
     exploring = replace(workload, settings=replace(workload.settings, alpha=PARITY_ALPHA))
     gate = Job(workload=exploring, rows=parity_rows(rows, groups), reference=workload.reference, scratch=Path())

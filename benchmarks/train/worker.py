@@ -7,8 +7,8 @@ import gc
 import importlib
 import logging
 import os
+import platform
 import shutil
-import sys
 import tempfile
 import traceback
 import warnings
@@ -37,7 +37,7 @@ def main(connection: Connection, contestant: Contestant, parity: Job, job: Job, 
     {why} at any point.
     """
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # as many are at the gate at a time as there are cores
     _be_quiet()
     scratch = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
@@ -49,7 +49,8 @@ def main(connection: Connection, contestant: Contestant, parity: Job, job: Job, 
         first = Once()
         run(parity, first)
         connection.send(("parity", first.found))
-        turns = Turns(connection, job)
+        torch.set_num_threads(threads)
+        turns = Turns(connection, job, gives_back=not contestant.keeps_freed)
         if turns.wait() != STOP:
             base = turns.begin()
             with suppress(Stopped):
@@ -89,8 +90,8 @@ class Once:
 class Turns:
     """The gate of a run that is timed, and waits for its turn after every step."""
 
-    def __init__(self, connection: Connection, job: Job) -> None:
-        self.connection, self.device = connection, job.workload.device
+    def __init__(self, connection: Connection, job: Job, *, gives_back: bool) -> None:
+        self.connection, self.device, self.gives_back = connection, job.workload.device, gives_back
         self.weights = sum(file.stat().st_size for file in job.workload.model.glob("*.safetensors"))
         self.reference_s = 0.0
         self.watch = Stopwatch()
@@ -112,8 +113,8 @@ class Turns:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        elif sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # what the parity gate left behind
+        else:
+            _give_freed_memory_back()  # what the parity gate left behind
             before = measure.resident_bytes() if measure.forget_peak() else None
         self.watch = Stopwatch()
         return None if before is None else before + self.weights
@@ -151,6 +152,8 @@ class Turns:
         self._next()
 
     def _next(self) -> None:
+        if self.gives_back:  # or the idle ones would hold all of a machine's memory
+            _give_freed_memory_back()
         word = self.wait()
         if word == STOP:
             raise Stopped
@@ -161,6 +164,11 @@ class Turns:
     def _synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _give_freed_memory_back() -> None:
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _be_quiet() -> None:
