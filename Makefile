@@ -68,8 +68,8 @@ bench-ops: extension ## times the kernels beside their peers on this machine and
 GPU_PYTHON = $(if $(filter default undefined file,$(origin PYTHON)),python3,$(PYTHON))
 
 # All cores, as for every measurement.
-bench: extension ## trains beside TRL and plain torch on this machine, in under ten minutes, and renders the results (DATA=folder of real rows)
-	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS .venv/bin/python -m benchmarks.bench $(if $(DATA),--data "$(DATA)")
+bench: extension ## trains beside TRL and plain torch on this machine, in under ten minutes, and renders the results (DATA=folder of real rows, ROUNDS=)
+	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS .venv/bin/python -m benchmarks.bench $(if $(DATA),--data "$(DATA)") $(if $(ROUNDS),--rounds $(ROUNDS))
 	.venv/bin/python -m benchmarks.report
 
 gpu-bench: ## the same on one NVIDIA GPU, nothing installed (PART=peers|ladder|scaling, SHAPE=1b, DATA=, WHEELS=folder of what is missing, PYTHON=)

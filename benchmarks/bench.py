@@ -16,8 +16,9 @@ import shlex
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--shape", help="of the model (default: small on a CPU, 1b on a GPU)")
     parser.add_argument("--data", type=Path, help="folder of selm_train.jsonl and tokenizer/ (default: generated rows)")
+    parser.add_argument("--rounds", type=int, help="steps of each contestant that are counted (default: 2)")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of what is not installed")
     args = parser.parse_args(given)
     if args.wheels is None:
@@ -61,6 +63,7 @@ def measure(args: argparse.Namespace, given: Sequence[str]) -> int:
     if not {"peers", "ladder"}.isdisjoint(parts):
         options_of_train = [*options, *(["--shape", args.shape] if args.shape else [])]
         options_of_train += ["--data", str(args.data)] if args.data else []
+        options_of_train += ["--rounds", str(args.rounds)] if args.rounds is not None else []
         if not {"peers", "ladder"} <= set(parts):
             rungs = {entry.name for entry in field.ladder()} | {field.OURS, field.COMPILED}
             names = [entry.name for entry in field.contestants() if (entry.name in rungs) == ("ladder" in parts)]
@@ -73,11 +76,25 @@ def measure(args: argparse.Namespace, given: Sequence[str]) -> int:
             return 1
         print("\n".join(tables.train(section["train"])), flush=True)
     if "scaling" in parts:
-        section["scaling"] = bench_scaling.run(bench_scaling.parse([*options, "--quick"]), print)
+        section["scaling"] = bench_scaling.run(bench_scaling.parse([*options, "--quick", "--steps", "500"]), print)
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if "train" in before and "train" in section:
+        section["train"] = merged(before["train"], section["train"])
     machine.write_json(path, before | result | section)
     print(f"written: {path}; python -m benchmarks.report renders it")
     return 0
+
+
+def merged(before: Mapping[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Two sections "train" as one: of a contestant that is in both, and of what is equal for all, the later."""
+    same = ("shape", "dtype", "rows", "settings")
+    if any(before[key] != after[key] for key in same):
+        return after
+    found = dict(after)
+    for key, name in (("contestants", "name"), ("yardsticks", "name"), ("targets", "target")):
+        later = {row[name]: row for row in after[key] if row.get("measured", 0) is not None}
+        found[key] = [later.pop(row[name], row) for row in before[key]] + list(later.values())
+    return found
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from benchmarks.train import field, figures, race, tables
 from benchmarks.train.workload import SHAPES, Settings, Workload, make_workload
 from selm_fast.ops import extension
 
-ROUNDS = 3
+ROUNDS = 2
 GENERATED = 256
 DTYPES = {"cpu": "fp32", "cuda": "bf16"}
 

@@ -77,7 +77,7 @@ def summary(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
 
 def _summary(train: Mapping[str, Any]) -> Iterator[str]:
     by_name = {row["name"]: row for row in train["contestants"]}
-    yield "| | groups/s | with the reference pass | | peak memory above the model |"
+    yield "| | groups/s | reference pass counted in | times TRL's default | peak memory above the model |"
     yield "|---|---|---|---|---|"
     for names, base in ((README_ROWS, field.TRL_SELM), (README_DPO, field.TRL_DPO)):
         for name in names:

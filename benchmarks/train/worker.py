@@ -36,7 +36,6 @@ def main(connection: Connection, contestant: Contestant, parity: Job, job: Job, 
     "step" {wall_s, cpu_s, loss, grad_norm}, or with "profile" {breakdown} beside; at last "done" {peak_bytes}. "failed"
     {why} at any point.
     """
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
     torch.set_num_threads(1)  # as many are at the gate at a time as there are cores
     _be_quiet()
     scratch = Path(tempfile.mkdtemp(prefix="bench-"))
@@ -172,6 +171,8 @@ def _give_freed_memory_back() -> None:
 
 
 def _be_quiet() -> None:
+    """For this whole process."""
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()

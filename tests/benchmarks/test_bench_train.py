@@ -191,7 +191,8 @@ def test_whoever_differs_fails_or_lacks_a_yardstick_is_named(made: Workload) -> 
     assert race.disagreements([plain, ours], field.YARDSTICK, "fp32") == ["selm_fast: out of memory"]
 
 
-def test_a_worker_says_how_it_failed() -> None:
+def test_a_worker_says_how_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_be_quiet", lambda: None)  # it would silence this process for good
     here, there = multiprocessing.Pipe()
     entry = replace(ENTRIES[field.PLAIN], function="no_such_function")
     worker.main(there, entry, None, None, 1)  # type: ignore[arg-type]
