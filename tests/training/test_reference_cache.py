@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from torch import Tensor
 
 import selm_fast
@@ -23,6 +22,7 @@ from selm_fast.data.packing import Plan, plan_epoch
 from selm_fast.data.tokenizer import load_tokenizer
 from selm_fast.errors import Refused, RunFailed, Stopped
 from selm_fast.model import Policy
+from selm_fast.training import cache_identity as identity_module
 from selm_fast.training import reference_cache, storage
 from selm_fast.training.cache_identity import cache_identity
 from selm_fast.training.masters import Masters
@@ -225,7 +225,7 @@ def test_digest_is_that_of_the_same_settings_only(digest_of: Callable[..., str],
     torch.set_num_threads(2)
     digests["threads"] = digest_of()
     torch.set_num_threads(1)
-    for module in (selm_fast, torch, transformers):
+    for module in (selm_fast, torch, identity_module.transformers):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "__version__", "99.0.0")
             digests[f"version of {module.__name__}"] = digest_of()

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from torch import Tensor
 
 from selm_fast.cli.main import main
 from selm_fast.config import Config
 from selm_fast.errors import Stopped
 from selm_fast.model import Policy
-from selm_fast.training import reference_cache
+from selm_fast.training import cache_identity, reference_cache
 from selm_fast.training.run_train import train
 
 from .harness import (
@@ -301,7 +300,7 @@ def test_another_version_is_told_of(
 
     assert train_until_stopped(config, ROWS, stop)
     assert not caplog.records
-    monkeypatch.setattr(transformers, "__version__", "99.0.0")
+    monkeypatch.setattr(cache_identity.transformers, "__version__", "99.0.0")
     run(config, ROWS)
     assert "'transformers': '99.0.0'" in caplog.text
     assert "} it may not go on to the bit" in caplog.text
