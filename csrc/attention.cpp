@@ -1,12 +1,9 @@
 // Attention over branches that share rows of keys, as torch operators: checks, the split over threads, and the sums of
 // gradients over the keys that are copies of a row.
-#include "attention.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
-#include <string.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -15,34 +12,14 @@
 #include <tuple>
 #include <vector>
 
+#include "tensors.h"
 #include "variants.h"
 
 namespace selm {
 namespace {
 
-const AttentionKernels& kernels() {
-#if defined(__x86_64__)
-  for (const AttentionKernels* found : {&avx512_attention, &avx2_attention})
-    if (strcmp(found->name, variant()) == 0) return *found;
-#endif
-  return any_attention;
-}
-
 // A thread is woken for some 50 us of work: numbers of the scores, times the head size.
 constexpr int64_t GRAIN = 1 << 20;
-
-Kind kind_of(const at::Tensor& q) {
-  switch (q.scalar_type()) {
-    case at::kFloat:
-      return Kind::f32;
-    case at::kBFloat16:
-      return Kind::bf16;
-    case at::kHalf:
-      return Kind::f16;
-    default:
-      TORCH_CHECK_VALUE(false, "q must be fp32, bf16 or fp16; got ", q.scalar_type());
-  }
-}
 
 at::Tensor checked(const at::Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(t.sizes() == sizes && t.scalar_type() == dtype, name, " must be ", sizes, " ", dtype, "; got ",
@@ -100,7 +77,7 @@ struct Layout {
 Attention attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Layout& layout,
                        double scale, int64_t window, double softcap) {
   Attention a{};
-  a.kind = kind_of(q);
+  a.kind = kind_of(q, "q");
   a.rows = q.size(0);
   a.head_size = q.size(2);
   a.key_heads = k.size(1);
@@ -159,9 +136,9 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& given_q, const at
   at::Tensor lse = at::empty({heads, rows}, q.options().dtype(at::kFloat));
   const Attention a = attention_of(q, k, v, layout, scale, window, softcap);
   const AttentionOutput o = {target(out), lse.mutable_data_ptr<float>()};
-  const AttentionKernels& chosen = kernels();
-  for_each_head(a, layout, chosen, false, [&](const Branch& branch, int64_t key_head, float* scratch) {
-    chosen.forward(a, o, branch, key_head, scratch);
+  const AttentionKernels& kernels = variant().attention;
+  for_each_head(a, layout, kernels, false, [&](const Branch& branch, int64_t key_head, float* scratch) {
+    kernels.forward(a, o, branch, key_head, scratch);
   });
   return {out, lse};
 }
@@ -229,9 +206,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
   const Attention a = attention_of(q, k, v, layout, scale, window, softcap);
   const AttentionGradients g = {source(grad), source(out), lse.const_data_ptr<float>(), target(dq), target(dk),
                                 target(dv),   readers.places.data(), copies.mutable_data_ptr<float>()};
-  const AttentionKernels& chosen = kernels();
-  for_each_head(a, layout, chosen, true, [&](const Branch& branch, int64_t key_head, float* scratch) {
-    chosen.backward(a, g, branch, key_head, scratch);
+  const AttentionKernels& kernels = variant().attention;
+  for_each_head(a, layout, kernels, true, [&](const Branch& branch, int64_t key_head, float* scratch) {
+    kernels.backward(a, g, branch, key_head, scratch);
   });
   if (dtype == at::kFloat)
     add_copies<float>(a, g, readers);

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "rows.h"
+#include "kinds.h"
 
 namespace selm {
 
@@ -62,18 +62,11 @@ struct AttentionGradients {
 };
 
 struct AttentionKernels {
-  const char* name;
   // fp32 numbers of scratch, aligned to 64 bytes, that serve branches of at most so many keys.
   int64_t (*scratch)(const Attention&, int64_t keys, bool backward);
   // The query heads of one key head in one branch. Their bits do not depend on the other heads and branches.
   void (*forward)(const Attention&, const AttentionOutput&, const Branch&, int64_t key_head, float* scratch);
   void (*backward)(const Attention&, const AttentionGradients&, const Branch&, int64_t key_head, float* scratch);
 };
-
-extern const AttentionKernels any_attention;
-#if defined(__x86_64__)
-extern const AttentionKernels avx2_attention;
-extern const AttentionKernels avx512_attention;
-#endif
 
 }  // namespace selm

@@ -1,5 +1,4 @@
-// Attention, written once; attention_*.cpp include this file with SELM_LANES, SELM_ATTENTION and SELM_NAME, after the
-// instruction set has been chosen. Everything here is local to that file, as in vectors.h.
+// Attention, written once for all instruction sets; for variant_kernels.h. Everything here is local, as in vectors.h.
 #include "attention_memory.h"
 
 namespace selm {
@@ -219,7 +218,4 @@ void backward(const Attention& a, const AttentionGradients& g, const Branch& b, 
 }
 
 }  // namespace
-
-extern const AttentionKernels SELM_ATTENTION = {SELM_NAME, scratch_size, forward, backward};
-
 }  // namespace selm

@@ -1,41 +1,18 @@
 // The kernels of decoder layers as torch operators: checks, and the split of rows over threads.
-#include "layers.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
-#include <string.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
 #include <string>
 
+#include "tensors.h"
 #include "variants.h"
 
 namespace selm {
 namespace {
-
-const LayerKernels& kernels() {
-#if defined(__x86_64__)
-  for (const LayerKernels* found : {&avx512_layers, &avx2_layers})
-    if (strcmp(found->name, variant()) == 0) return *found;
-#endif
-  return any_layers;
-}
-
-Kind kind_of(const at::Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Kind::f32;
-    case at::kBFloat16:
-      return Kind::bf16;
-    case at::kHalf:
-      return Kind::f16;
-    default:
-      TORCH_CHECK_VALUE(false, name, " must be fp32, bf16 or fp16; got ", tensor.scalar_type());
-  }
-}
 
 void check(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(tensor.sizes() == sizes && tensor.is_contiguous() && tensor.scalar_type() == dtype, name,
@@ -68,9 +45,9 @@ void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, double 
   norm.rounds_first = rounds_first;
   norm.out = out.mutable_data_ptr();
   norm.inverse = inverse.mutable_data_ptr<float>();
-  const LayerKernels& found = kernels();
+  const LayerKernels& kernels = variant().layers;
   at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, width)),
-                   [&](int64_t first, int64_t last) { found.norm(norm, first, last); });
+                   [&](int64_t first, int64_t last) { kernels.norm(norm, first, last); });
 }
 
 void rms_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& inverse,
@@ -101,7 +78,7 @@ void rms_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Te
     memory = c10::GetCPUAllocator()->allocate(chunks * width * sizeof(float));
     parts = static_cast<float*>(memory.mutable_get());
   }
-  const LayerKernels& found = kernels();
+  const LayerKernels& kernels = variant().layers;
   const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, CHUNK_ROWS * width));
   at::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
     NormBackward mine = norm;
@@ -110,7 +87,7 @@ void rms_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Te
         mine.d_weight = parts + chunk * width;
         memset(mine.d_weight, 0, width * sizeof(float));
       }
-      found.norm_backward(mine, chunk * CHUNK_ROWS, std::min(rows, (chunk + 1) * CHUNK_ROWS));
+      kernels.norm_backward(mine, chunk * CHUNK_ROWS, std::min(rows, (chunk + 1) * CHUNK_ROWS));
     }
   });
   if (!d_weight.has_value()) return;
@@ -143,8 +120,8 @@ Gate gate_of(const at::Tensor& gate, const at::Tensor& up, const std::string& ac
 
 void gated(const at::Tensor& gate, const at::Tensor& up, c10::string_view activation, at::Tensor& out) {
   const Gate g = gate_of(gate, up, std::string(activation), out);
-  const LayerKernels& found = kernels();
-  at::parallel_for(0, gate.numel(), GRAIN, [&](int64_t first, int64_t last) { found.gate(g, first, last); });
+  const LayerKernels& kernels = variant().layers;
+  at::parallel_for(0, gate.numel(), GRAIN, [&](int64_t first, int64_t last) { kernels.gate(g, first, last); });
 }
 
 void gated_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up, c10::string_view activation,
@@ -157,8 +134,8 @@ void gated_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Te
   b.grad = grad.const_data_ptr();
   b.d_gate = d_gate.mutable_data_ptr();
   b.d_up = d_up.mutable_data_ptr();
-  const LayerKernels& found = kernels();
-  at::parallel_for(0, gate.numel(), GRAIN, [&](int64_t first, int64_t last) { found.gate_backward(b, first, last); });
+  const LayerKernels& kernels = variant().layers;
+  at::parallel_for(0, gate.numel(), GRAIN, [&](int64_t first, int64_t last) { kernels.gate_backward(b, first, last); });
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "rows.h"
+#include "kinds.h"
 
 namespace selm {
 
@@ -54,7 +54,6 @@ struct GateBackward {
 };
 
 struct LayerKernels {
-  const char* name;
   // Rows [first, last). A row's bits do not depend on the range that it comes in; those of d_weight do.
   void (*norm)(const Norm&, int64_t first, int64_t last);
   void (*norm_backward)(const NormBackward&, int64_t first, int64_t last);
@@ -62,11 +61,5 @@ struct LayerKernels {
   void (*gate)(const Gate&, int64_t first, int64_t last);
   void (*gate_backward)(const GateBackward&, int64_t first, int64_t last);
 };
-
-extern const LayerKernels any_layers;
-#if defined(__x86_64__)
-extern const LayerKernels avx2_layers;
-extern const LayerKernels avx512_layers;
-#endif
 
 }  // namespace selm

@@ -1,5 +1,5 @@
-// The kernels of decoder layers, written once; layers_*.cpp include this file with SELM_LANES, SELM_LAYERS and
-// SELM_NAME, after the instruction set has been chosen. Everything here is local to that file, as in vectors.h.
+// The kernels of decoder layers, written once for all instruction sets; for variant_kernels.h. Everything here is local,
+// as in vectors.h.
 #include "vectors.h"
 
 namespace selm {
@@ -196,7 +196,4 @@ void gate_backward(const GateBackward& b, int64_t first, int64_t last) {
 }
 
 }  // namespace
-
-extern const LayerKernels SELM_LAYERS = {SELM_NAME, norm, norm_backward, gate, gate_backward};
-
 }  // namespace selm

@@ -1,67 +1,16 @@
-// The row kernels as torch operators: checks, the choice of the instruction set, and the split of rows over threads.
+// The row kernels as torch operators: checks, and the split of rows over threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <optional>
-#include <string>
-#include <vector>
 
-#include "rows.h"
+#include "tensors.h"
 #include "variants.h"
 
 namespace selm {
 namespace {
-
-// What this processor can run, best first.
-std::vector<const Kernels*> usable() {
-  std::vector<const Kernels*> kernels;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    kernels.push_back(&avx512_kernels);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&avx2_kernels);
-#endif
-  kernels.push_back(&any_kernels);
-  return kernels;
-}
-
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> kernels{usable().front()};
-  return kernels;
-}
-
-std::vector<std::string> variants() {
-  std::vector<std::string> names;
-  for (const Kernels* kernels : usable()) names.emplace_back(kernels->name);
-  return names;
-}
-
-void set_variant(const std::string& name) {
-  for (const Kernels* kernels : usable()) {
-    if (name == kernels->name) {
-      chosen() = kernels;
-      return;
-    }
-  }
-  TORCH_CHECK_VALUE(false, "variant must be one of ", variants(), "; got ", name);
-}
-
-Kind kind_of(const at::Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Kind::f32;
-    case at::kBFloat16:
-      return Kind::bf16;
-    case at::kHalf:
-      return Kind::f16;
-    default:
-      TORCH_CHECK_VALUE(false, name, " must be fp32, bf16 or fp16; got ", tensor.scalar_type());
-  }
-}
 
 void check_tile(const at::Tensor& tensor, const char* name, int64_t rows, int64_t width) {
   TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == width && tensor.is_contiguous(),
@@ -122,8 +71,8 @@ void fold_rows(at::Tensor& tile, const at::Tensor& targets, int64_t v0, at::Tens
     check_column(*tops, "tops", rows, at::kFloat);
     fold.tops = tops->mutable_data_ptr<float>();
   }
-  const Kernels* kernels = chosen();
-  at::parallel_for(0, rows, grain(width), [&](int64_t first, int64_t last) { kernels->fold(fold, first, last); });
+  const RowKernels& kernels = variant().rows;
+  at::parallel_for(0, rows, grain(width), [&](int64_t first, int64_t last) { kernels.fold(fold, first, last); });
 }
 
 void softmax_rows(const at::Tensor& tile, const at::Tensor& targets, int64_t v0, const at::Tensor& peak,
@@ -158,17 +107,13 @@ void softmax_rows(const at::Tensor& tile, const at::Tensor& targets, int64_t v0,
     check_column(*tops, "tops", rows, at::kFloat);
     softmax.tops = tops->const_data_ptr<float>();
   }
-  const Kernels* kernels = chosen();
-  at::parallel_for(0, rows, grain(width), [&](int64_t first, int64_t last) { kernels->softmax(softmax, first, last); });
+  const RowKernels& kernels = variant().rows;
+  at::parallel_for(0, rows, grain(width), [&](int64_t first, int64_t last) { kernels.softmax(softmax, first, last); });
 }
 
 }  // namespace
 
-const char* variant() { return chosen().load()->name; }
-
-TORCH_LIBRARY(selm_fast_cpp, m) {
-  m.def("variants() -> str[]", variants);
-  m.def("set_variant(str name) -> ()", set_variant);
+TORCH_LIBRARY_FRAGMENT(selm_fast_cpp, m) {
   m.def(
       "fold(Tensor(a!) tile, Tensor targets, int v0, Tensor(b!) peak, Tensor(c!) total, Tensor? bias, "
       "float scale, float? softcap, Tensor(d!)? kept, Tensor(e!)? tops) -> ()");

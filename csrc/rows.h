@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-namespace selm {
+#include "kinds.h"
 
-enum class Kind { f32, bf16, f16 };
+namespace selm {
 
 // z = softcap * tanh(scale * (x + bias) / softcap); softcap 0 stands for no cap, bias may be null.
 struct Finish {
@@ -45,17 +45,10 @@ struct Softmax {
   Kind out_kind;
 };
 
-struct Kernels {
-  const char* name;
+struct RowKernels {
   // Rows [first, last). A row's bits do not depend on the range that it comes in.
   void (*fold)(const Fold&, int64_t first, int64_t last);
   void (*softmax)(const Softmax&, int64_t first, int64_t last);
 };
-
-extern const Kernels any_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512_kernels;
-#endif
 
 }  // namespace selm

@@ -1,5 +1,5 @@
-// The row kernels, written once; rows_*.cpp include this file with SELM_LANES, SELM_KERNELS and SELM_NAME, after the
-// instruction set has been chosen. Everything here is local to that file, as in vectors.h.
+// The row kernels, written once for all instruction sets; for variant_kernels.h. Everything here is local, as in
+// vectors.h.
 #include "vectors.h"
 
 namespace selm {
@@ -124,7 +124,4 @@ void softmax(const Softmax& s, int64_t first, int64_t last) {
 }
 
 }  // namespace
-
-extern const Kernels SELM_KERNELS = {SELM_NAME, fold, softmax};
-
 }  // namespace selm

@@ -1,5 +1,5 @@
-// Attention for processors with AVX2 and FMA.
-#include "attention.h"
+// The kernels for processors with AVX2 and FMA.
+#include "variants.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -9,9 +9,9 @@
 #endif
 
 #define SELM_LANES 8
-#define SELM_ATTENTION avx2_attention
+#define SELM_VARIANT avx2_variant
 #define SELM_NAME "avx2"
-#include "attention_kernels.h"
+#include "variant_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,5 +1,5 @@
-// The row kernels for processors with AVX-512 (F, BW, DQ, VL: what Skylake servers and Zen 4 have).
-#include "rows.h"
+// The kernels for processors with AVX-512 (F, BW, DQ, VL: what Skylake servers and Zen 4 have).
+#include "variants.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -9,9 +9,9 @@
 #endif
 
 #define SELM_LANES 16
-#define SELM_KERNELS avx512_kernels
+#define SELM_VARIANT avx512_variant
 #define SELM_NAME "avx512"
-#include "rows_kernels.h"
+#include "variant_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
