@@ -72,7 +72,7 @@ bench: extension ## trains beside TRL and plain torch on this machine, in under 
 	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS .venv/bin/python -m benchmarks.bench $(if $(DATA),--data "$(DATA)") $(if $(ROUNDS),--rounds $(ROUNDS))
 	.venv/bin/python -m benchmarks.report
 
-gpu-bench: ## the same on one NVIDIA GPU, nothing installed (PART=peers|ladder|scaling, SHAPE=1b, DATA=, WHEELS=folder of what is missing, PYTHON=)
+gpu-bench: ## the same on one NVIDIA GPU, nothing installed (PART=peers|ladder|scaling, SHAPE=1b|8b-quarter, DATA=, WHEELS=folder of what is missing, PYTHON=)
 	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS "$(GPU_PYTHON)" benchmarks/bench.py --device cuda \
 		$(if $(PART),--part $(PART)) $(if $(SHAPE),--shape $(SHAPE)) $(if $(DATA),--data "$(DATA)") $(if $(WHEELS),--wheels "$(WHEELS)")
 

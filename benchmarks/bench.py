@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--shape", help="of the model (default: small on a CPU, 1b on a GPU)")
     parser.add_argument("--data", type=Path, help="folder of selm_train.jsonl and tokenizer/ (default: generated rows)")
-    parser.add_argument("--rounds", type=int, help="steps of each contestant that are counted (default: 2)")
+    parser.add_argument(
+        "--rounds", type=int, help="steps of each contestant that are counted (default: 2, as time allows)"
+    )
     parser.add_argument("--wheels", type=Path, help="folder of wheels of what is not installed")
     args = parser.parse_args(given)
     if args.wheels is None:
-        return measure(args, given)
+        return measured(parser, args, given)
     with tempfile.TemporaryDirectory(prefix="wheels-") as unpacked:
         wheels = sorted(args.wheels.glob("*.whl"))
         if not wheels:
@@ -47,16 +50,26 @@ def main(arguments: list[str] | None = None) -> int:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(unpacked)
         sys.path.append(unpacked)  # the last place: what is installed comes first; new processes inherit it
+        return measured(parser, args, given)
+
+
+def measured(parser: argparse.ArgumentParser, args: argparse.Namespace, given: Sequence[str]) -> int:
+    """`measure`, or a refusal where a package is not there; nothing is measured before all are imported."""
+    try:
         return measure(args, given)
+    except ModuleNotFoundError as error:
+        parser.error(f"{error.name} is not installed; expected its wheel in a folder given as --wheels (make: WHEELS=)")
 
 
 def measure(args: argparse.Namespace, given: Sequence[str]) -> int:
     """Run the parts, print, write -> exit code."""
     # Not at the top: these import what may be in the wheels.
-    from benchmarks import bench_scaling, bench_train, machine
+    from benchmarks import bench_train, machine
     from benchmarks.train import field, tables
+    from selm_fast.errors import Refused
 
     parts, section = args.part or PARTS, {}
+    scaling = import_module("benchmarks.bench_scaling") if "scaling" in parts else None
     result = machine.described(args.device, shlex.join(["python", "benchmarks/bench.py", *given]))
     path = machine.dated_path(result)
     options = ["--device", args.device]
@@ -74,9 +87,12 @@ def measure(args: argparse.Namespace, given: Sequence[str]) -> int:
         except bench_train.Disagreement as error:
             print(f"error: no speed is shown, for not all compute the same:\n{error}", file=sys.stderr)
             return 1
+        except Refused as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
         print("\n".join(tables.train(section["train"])), flush=True)
-    if "scaling" in parts:
-        section["scaling"] = bench_scaling.run(bench_scaling.parse([*options, "--quick", "--steps", "500"]), print)
+    if scaling is not None:
+        section["scaling"] = scaling.run(scaling.parse([*options, "--quick", "--steps", "500"]), print)
     before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if "train" in before and "train" in section:
         section["train"] = merged(before["train"], section["train"])

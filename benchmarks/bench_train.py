@@ -15,6 +15,7 @@ the first step) and the reference pass are timed apart, and counted in where the
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import tempfile
@@ -29,10 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine, measure
 from benchmarks.train import field, figures, race, tables
-from benchmarks.train.workload import SHAPES, Settings, Workload, make_workload
+from benchmarks.train.workload import SHAPES, Settings, Workload, bytes_needed, make_workload
+from selm_fast.errors import Refused
 from selm_fast.ops import extension
+from selm_fast.training.machine import memory_bytes
 
-ROUNDS = 2
+ROUNDS, SECONDS = 2, 330.0  # where nobody asks for more: of rounds, on a slow machine just one
 GENERATED = 256
 DTYPES = {"cpu": "fp32", "cuda": "bf16"}
 
@@ -42,7 +45,10 @@ class Disagreement(Exception):
 
 
 def run(args: argparse.Namespace, say: Callable[[str], Any]) -> dict[str, Any]:
-    """Measure -> the section "train" of a result. Raises Disagreement before anything is timed."""
+    """Measure -> the section "train" of a result.
+
+    Raises Refused for too few rows, and Disagreement before anything is timed.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
         settings = Settings(max_tokens=args.max_tokens)
         workload = make_workload(
@@ -54,33 +60,37 @@ def run(args: argparse.Namespace, say: Callable[[str], Any]) -> dict[str, Any]:
 
 def compare(workload: Workload, args: argparse.Namespace, say: Callable[[str], Any]) -> dict[str, Any]:
     """The gate, the race and the figures."""
-    threads = torch.get_num_threads()
+    threads, groups = torch.get_num_threads(), workload.settings.groups
     asked = [entry for entry in field.contestants() if not args.only or entry.name in args.only]
     missing = {entry.name: why for entry in asked if (why := field.missing(entry)) is not None}
     entries = [entry for entry in asked if entry.name not in missing]
     yardsticks = field.yardsticks() if any(entry.name == field.OURS for entry in entries) else []
     began = time.monotonic()
-    say(
-        f"{len(entries)} contestants, {args.rounds} rounds of {workload.settings.groups} groups, {workload.source} rows"
-    )
-    rates = Rates(workload)
+    count, most = len(workload.rows()), max(race.steps_of(entry.name, args.rounds) for entry in [*entries, *yardsticks])
+    if count < most * groups:
+        raise Refused(
+            f"{workload.source}: {count} rows, and {args.rounds} rounds take {most * groups}: give fewer rounds"
+        )
+    say(f"{len(entries)} contestants, {args.rounds} rounds of {groups} groups, {workload.source} rows")
+    rates, rounds = Rates(workload), 0
     if workload.device == "cuda":  # each has the device's memory to itself
         runners = []
         for entry in [*entries, *yardsticks]:
             runners += race.enter([entry], workload, args.rounds, threads, say)
-            race.run(runners[-1:], args.rounds, field.PROFILED, say)
+            rounds = race.run(runners[-1:], args.rounds, say)
             rates.sample()
         agree(runners, workload.dtype)
     else:
         runners = race.enter([*entries, *yardsticks], workload, args.rounds, threads, say)
         agree(runners, workload.dtype)
-        race.run(runners, args.rounds, field.PROFILED, say, rates.sample)
+        rounds = race.run(runners, args.rounds, say, rates.sample, args.seconds)
     peaks = rates.peaks()
     rows = workload.rows()
     means = {method: figures.mean_useful_tokens(rows, method == "selm") for method in ("selm", "dpo")}
     peak = peaks.matmul[workload.dtype]
     found = [figures.figures(one, workload, means[one.contestant.method], peak) for one in runners]
     ours = next((one for one in runners if one.contestant.name == field.OURS and one.breakdown), None)
+    explained = None if ours is None else figures.in_rooflines(ours, workload, peaks)
     return {
         "device": workload.device,
         "device_name": machine.device_name(workload.device),
@@ -89,14 +99,14 @@ def compare(workload: Workload, args: argparse.Namespace, say: Callable[[str], A
         "shape": {"name": workload.shape, **SHAPES[workload.shape]},
         "rows": {"source": workload.source, "count": len(rows), "useful_tokens": means},
         "settings": {name: getattr(workload.settings, name) for name in workload.settings.__slots__},
-        "rounds": args.rounds,
+        "rounds": rounds,
         "extension": extension.status(),
         "peaks": {"matmul_flop_per_s": peaks.matmul, "copy_bytes_per_s": peaks.copy},
         "contestants": [row for row in found if row["name"] not in (field.GEMMS, field.LINEAR_GEMMS)],
         "yardsticks": [row for row in found if row["name"] in (field.GEMMS, field.LINEAR_GEMMS)],
         "missing": missing,
-        "roofline": None if ours is None else figures.roofline(ours, workload, peaks),
-        "targets": figures.targets(found, workload, machine.device_name(workload.device), threads),
+        "roofline": None if ours is None else figures.roofline(ours.next_rows(groups), workload, peaks),
+        "targets": figures.targets(found, workload, machine.device_name(workload.device), threads, explained),
         "seconds": time.monotonic() - began,
     }
 
@@ -138,18 +148,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=tuple(SHAPES), help="of the model (default: small on a CPU, 1b on a GPU)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="matmuls (default: fp32 on a CPU, bf16 on a GPU)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"steps that are counted (default: {ROUNDS})")
+    parser.add_argument("--rounds", type=int, help=f"steps that are counted (default: {ROUNDS}, as time allows)")
     parser.add_argument("--max-tokens", type=int, help="selm_fast: packed tokens of a micro-batch")
     parser.add_argument("--only", help="contestants, by name, with semicolons between")
     parser.add_argument("--json", type=Path, help="where the result goes (default: benchmarks/results)")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
+    args.seconds = SECONDS if args.rounds is None else math.inf
+    args.rounds = ROUNDS if args.rounds is None else args.rounds
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; expected 1 or more")
     if args.data is not None and not (args.data / "selm_train.jsonl").is_file():
         parser.error(f"--data is {args.data}; expected a folder with selm_train.jsonl and tokenizer/")
     args.shape = args.shape or {"cpu": "small", "cuda": "1b"}[args.device]
+    needed, there = bytes_needed(args.shape), memory_bytes(torch.device(args.device))
+    if there < needed:
+        parser.error(
+            f"--shape {args.shape}: weights, reference, gradients and optimiser of a contestant take "
+            f"{needed / 2**30:.1f} GiB in fp32, and {args.device} has {there / 2**30:.1f} GiB; expected one of "
+            f"{', '.join(name for name in SHAPES if bytes_needed(name) <= there)}"
+        )
     args.dtype = args.dtype or DTYPES[args.device]
     args.max_tokens = args.max_tokens or {"cpu": Settings().max_tokens, "cuda": 16384}[args.device]
     if args.only is not None:
@@ -170,6 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Disagreement as error:
         print(f"error: no speed is shown, for not all compute the same:\n{error}", file=sys.stderr)
         return 1
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     command = shlex.join(["python", "benchmarks/bench_train.py", *given])
     result = machine.described(args.device, command) | {"train": train}
     print("\n".join(tables.train(train)))

@@ -80,6 +80,11 @@ def ratio(values: list[float], base: list[float]) -> float:
     return statistics.median(value / unit for value, unit in zip(values, base, strict=True))
 
 
+def target(name: str, measured: float, bound: float) -> dict[str, Any]:
+    """A figure beside what it may be at most."""
+    return {"target": name, "measured": measured, "bound": bound, "met": measured <= bound}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peaks:
     """What the device can do: FLOP/s of a large matmul by dtype, bytes/s of a large copy (read + written)."""

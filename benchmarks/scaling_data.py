@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import measure
 from selm_fast.config import DataConfig
 from selm_fast.data.dataset import load_groups
 from selm_fast.data.groups import TokenGroup
@@ -52,17 +53,12 @@ def run_data(*, quick: bool) -> dict[str, Any]:
         "planning": [few, many],
         "time_a_row_many_to_few": ratios,
         "targets": [
-            target("planning and packing, share of a step of an 8B model on 8 GPUs", share, MOST_OF_A_STEP),
-            target("time a row, many rows to few, planning", ratios["plan"], MOST_TIME_A_ROW),
-            target("time a row, many rows to few, digest", ratios["digest"], MOST_TIME_A_ROW),
-            target("time a row, many rows to few, packing", ratios["pack"], MOST_TIME_A_ROW),
+            measure.target("planning and packing, share of a step of an 8B model on 8 GPUs", share, MOST_OF_A_STEP),
+            measure.target("time a row, many rows to few, planning", ratios["plan"], MOST_TIME_A_ROW),
+            measure.target("time a row, many rows to few, digest", ratios["digest"], MOST_TIME_A_ROW),
+            measure.target("time a row, many rows to few, packing", ratios["pack"], MOST_TIME_A_ROW),
         ],
     }
-
-
-def target(name: str, measured: float, bound: float) -> dict[str, Any]:
-    """A figure beside what it may be at most."""
-    return {"target": name, "measured": measured, "bound": bound, "met": measured <= bound}
 
 
 def tokenizing(sample: int) -> dict[str, Any]:

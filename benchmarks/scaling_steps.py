@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.scaling_data import make_tokenizer, make_words, target
+from benchmarks.scaling_data import make_tokenizer, make_words
 from selm_fast.config import Config
 from selm_fast.training.progress import Display
 from selm_fast.training.run_train import Run
@@ -46,9 +46,9 @@ def run_steps(steps: int, device: str) -> dict[str, Any]:
     units = [least / unit for least, unit in zip(blocks(seconds[skipped:]), blocks(fixed[skipped:]), strict=True)]
     growth, slowing = over_the_run(memory[skipped:]), over_the_run(units) / float(np.median(units))
     looked_at = len(seconds) - skipped
-    targets = [target("growth of memory over the steps, MiB", growth / 2**20, MOST_GROWTH / 2**20)]
+    targets = [measure.target("growth of memory over the steps, MiB", growth / 2**20, MOST_GROWTH / 2**20)]
     if len(units) >= LEAST_BLOCKS:
-        targets.append(target("growth of a step's time over the steps, share of it", slowing, MOST_SLOWING))
+        targets.append(measure.target("growth of a step's time over the steps, share of it", slowing, MOST_SLOWING))
     return {
         "steps": steps,
         "looked_at": looked_at,

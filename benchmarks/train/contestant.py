@@ -67,8 +67,15 @@ class Contestant:
 
 
 def batches(rows: Sequence[Row], groups: int, rounds: int) -> list[Row]:
-    """The rows of `rounds` steps, the first ones of the workload."""
-    return list(rows[: groups * rounds])
+    """The rows of `rounds` steps, in each one row of every class of lengths: so few steps, and each, stand for all.
+
+    The classes are `groups` equal parts of the rows by their useful tokens; the order within a class is that of the
+    rows, and so the first steps are the same however many there are.
+    """
+    by_length = sorted(range(len(rows)), key=lambda nth: rows[nth].useful_tokens(True))
+    size = len(rows) // groups
+    classes = [sorted(by_length[nth * size : (nth + 1) * size]) for nth in range(groups)]
+    return [rows[members[step]] for step in range(rounds) for members in classes]
 
 
 def batches_by_length(rows: Sequence[Row], groups: int, rounds: int, exploring: bool) -> list[Row]:

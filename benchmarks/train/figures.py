@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -80,31 +81,42 @@ def mean_useful_tokens(rows: Sequence[Row], exploring: bool) -> float:
     return statistics.fmean(row.useful_tokens(exploring) for row in rows)
 
 
-def roofline(runner: Runner, workload: Workload, peaks: measure.Peaks) -> dict[str, float]:
-    """The least seconds of the profiled (last) step of `selm_fast`, by part: FLOPs or bytes at this machine's rates."""
-    rows = runner.job.rows[-workload.settings.groups :]
-    work, shape = work_of(rows, runner.contestant.exploring), shape_of(workload)
-    micro_batches = max(1, round(work.tokens / workload.settings.max_tokens + 0.5))
-    settings = Settings(compute_bytes={"fp32": 4, "bf16": 2}[workload.dtype], micro_batches=micro_batches)
+def roofline(rows: Sequence[Row], workload: Workload, peaks: measure.Peaks) -> dict[str, float]:
+    """The least seconds of a SELM step of `selm_fast`, by part: FLOPs or bytes at this machine's rates."""
+    work, shape = work_of(rows, exploring=True), shape_of(workload)
+    micro_batches = math.ceil(work.tokens / workload.settings.max_tokens)
+    settings = Settings(compute_bytes=workload.compute.itemsize, micro_batches=micro_batches)
     return bound(
         flops(shape, work, settings), traffic(shape, work, settings), peak=peaks.matmul[workload.dtype],
         bandwidth=peaks.copy,
     )  # fmt: skip
 
 
+def in_rooflines(runner: Runner, workload: Workload, peaks: measure.Peaks) -> float | None:
+    """The seconds of a step of `selm_fast` by those of its roofline, the median of the counted ones."""
+    groups = workload.settings.groups
+    rows = runner.counted_rows(groups)
+    least = [
+        sum(roofline(rows[nth * groups : (nth + 1) * groups], workload, peaks).values())
+        for nth in range(len(runner.counted))
+    ]
+    return measure.ratio([step["wall_s"] for step in runner.counted], least) if least else None
+
+
 def ratio(slow: Figures | None, fast: Figures | None) -> float | None:
-    """How many times as long a step of one takes as the same step of the other: the median over common rounds."""
+    """How many times as long a step of one takes as the same step of the other: the median over the rounds of both."""
     if not slow or not fast or "wall_s" not in slow or "wall_s" not in fast:
         return None
-    first = max(slow["warm_up"], fast["warm_up"])
-    walls = [row["wall_s"][first - row["warm_up"] :] for row in (slow, fast)]
-    common = min(map(len, walls))
-    return measure.ratio(*(wall[:common] for wall in walls))
+    common = min(len(row["wall_s"]) for row in (slow, fast))
+    return measure.ratio(*(row["wall_s"][:common] for row in (slow, fast)))
 
 
-def targets(rows: Sequence[Figures], workload: Workload, device_name: str, threads: int) -> list[dict[str, Any]]:
+def targets(
+    rows: Sequence[Figures], workload: Workload, device_name: str, threads: int, explained: float | None
+) -> list[dict[str, Any]]:
     """The targets that belong to this run -> [{"target", "measured", "bound", "least", "met", "why"}].
 
+    explained: a step of `selm_fast`, in its rooflines.
     least: whether the bound is the least, or the most, that is wanted.  met: None where nothing can be said, and why.
     """
     by_name = {row["name"]: row for row in rows}
@@ -113,7 +125,10 @@ def targets(rows: Sequence[Figures], workload: Workload, device_name: str, threa
     if workload.device == "cuda":
         if "H200" not in device_name:
             return []
-        return [_target(f"groups/s, times {field.TRL_SELM}", speed, GPU_SELM, least=True)]
+        return [
+            _target(f"groups/s, times {field.TRL_SELM}", speed, GPU_SELM, least=True),
+            _target("a step, in its roofline", explained, GPU_ROOFLINE, least=False),
+        ]
     if workload.device != "cpu" or workload.shape != "small" or workload.dtype != "fp32":
         return []
     memory = None

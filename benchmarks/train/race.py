@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ from benchmarks.train.workload import PARITY_ALPHA, Workload, parity_rows
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of losses and gradient norms, relative
 PATIENCE_S = 900.0  # for one answer
+# What every contestant imports; a process that has it starts the others, once for all.
+PRELOADED = ["benchmarks.train.worker", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass
@@ -48,6 +51,10 @@ class Runner:
     def counted_rows(self, groups: int) -> list[Any]:
         """Their rows."""
         return list(self.job.rows[self.contestant.warm_up * groups : len(self.steps) * groups])
+
+    def next_rows(self, groups: int) -> list[Any]:
+        """Those of the step after the counted ones, which is profiled."""
+        return list(self.job.rows[len(self.steps) * groups : (len(self.steps) + 1) * groups])
 
     def say(self, word: str) -> None:
         """Give it its turn."""
@@ -78,21 +85,26 @@ class Runner:
             self.process.join()
 
 
+def steps_of(name: str, rounds: int) -> int:
+    """Steps of a contestant after its warm-up."""
+    profiled, sprints = name in entrants.PROFILED, name in entrants.SPRINTERS
+    return rounds + (rounds * entrants.SPRINT if sprints else 0) + (1 if profiled else 0)
+
+
 def start(contestant: Contestant, workload: Workload, rounds: int, threads: int) -> Runner:
     """Start a contestant's process; it goes on to the parity gate by itself."""
-    rows, groups = workload.rows(), workload.settings.groups
-    steps = rounds + 1  # one to be profiled
-    steps += rounds * entrants.SPRINT if contestant.name in entrants.SPRINTERS else 0
+    rows, groups, steps = workload.rows(), workload.settings.groups, steps_of(contestant.name, rounds)
     if contestant.sorted_by_length:
         chosen = batches_by_length(rows, groups, steps, contestant.exploring)
     else:
         chosen = batches(rows, groups, steps)
-    # The first step is not counted: it shall be quick.
-    chosen = [*parity_rows(rows, groups), *chosen]
+    # The first steps are not counted: they shall be quick.
+    chosen = [*parity_rows(rows, contestant.warm_up * groups), *chosen]
     job = Job(workload=workload, rows=chosen, reference=None, scratch=Path())
     exploring = replace(workload, settings=replace(workload.settings, alpha=PARITY_ALPHA))
     gate = Job(workload=exploring, rows=parity_rows(rows, groups), reference=workload.reference, scratch=Path())
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     here, there = context.Pipe()
     process = context.Process(target=worker.main, args=(there, contestant, gate, job, threads), daemon=True)
     process.start()
@@ -150,37 +162,49 @@ def disagreements(runners: Iterable[Runner], yardstick: dict[str, str], dtype: s
 def run(
     runners: Sequence[Runner],
     rounds: int,
-    profiled: Sequence[str],
     say: Callable[[str], Any] = print,
     between: Callable[[], Any] = lambda: None,
-) -> None:
-    """Set every contestant up, one after another; then a step each in turn, the first one of a round moving on.
+    seconds: float = math.inf,
+) -> int:
+    """Set every contestant up, one after another; then the warm-up, and a step each in turn, round after round.
 
-    After that the sprinters have more rounds, among themselves.
-    profiled: names of those that take one more step, under a profiler.  between: called after every round.
+    After that the sprinters have more rounds, among themselves, and some a step more, under a profiler.
+    between: called after every round.  seconds: a round that would end later, were it as long as the longest so far, is
+    left out, but for the first that counts.  -> counted rounds.
     """
     for runner in runners:
         if runner.failed is None:
             runner.say(worker.GO)
             runner.setup = runner.hear() or {}
         say(f"  set up: {runner.contestant.name}{f': {runner.failed}' if runner.failed else ''}")
+    started, longest, counted = time.monotonic(), 0.0, 0
+    for turn in range(rounds + 1):
+        began = time.monotonic()
+        if turn > 1 and began - started + longest > seconds:
+            say(f"  no round {turn}: {began - started:.0f} s are over, and it would take more than {longest:.0f}")
+            break
+        warm_up = [runner for runner in runners for _ in range(runner.contestant.warm_up)]
+        _take_turns(runners if turn > 0 else warm_up, turn)
+        counted, longest = turn, max(longest, time.monotonic() - began)
+        say(f"  round {turn} of {rounds}: {time.monotonic() - began:.0f} s")
+        between()
     sprinters = [runner for runner in runners if runner.contestant.name in entrants.SPRINTERS]
-    for turn in range(rounds + 1 + (rounds * entrants.SPRINT if sprinters else 0)):
-        began, sprints = time.monotonic(), turn > rounds
-        running = sprinters if sprints else runners
-        first = turn % len(running)
-        for runner in [*running[first:], *running[:first]]:
-            if runner.failed is None:
-                runner.say(worker.GO)
-                runner.steps += filter(None, [runner.hear()])
-        if not sprints:
-            say(f"  round {turn} of {rounds}: {time.monotonic() - began:.0f} s")
-            between()
+    for turn in range(rounds * entrants.SPRINT):
+        _take_turns(sprinters, turn)
     for runner in runners:
-        if runner.failed is None and runner.contestant.name in profiled:
+        if runner.failed is None and runner.contestant.name in entrants.PROFILED:
             runner.say(worker.PROFILE)
             runner.breakdown = (runner.hear() or {}).get("breakdown")
         if runner.failed is None:
             runner.say(worker.STOP)
             runner.peak_bytes = (runner.hear() or {}).get("peak_bytes")
         runner.end()
+    return counted
+
+
+def _take_turns(runners: Sequence[Runner], turn: int) -> None:
+    first = turn % max(1, len(runners))
+    for runner in [*runners[first:], *runners[:first]]:
+        if runner.failed is None:
+            runner.say(worker.GO)
+            runner.steps += filter(None, [runner.hear()])

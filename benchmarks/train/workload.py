@@ -14,6 +14,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from selm_fast.roofline import Shape
+
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "vocab_size": 16384, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
@@ -29,10 +31,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0,
     },
 }  # fmt: skip
+# Whole, it does not fit on one GPU of 141 GB with an optimiser in fp32; a layer and the head cost the same here.
+SHAPES["8b-quarter"] = SHAPES["8b"] | {"num_hidden_layers": 8}
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # Of generated rows, tokens: means of real ones (AlpacaEval prompts, answers of three models; for the large shapes of
 # UltraFeedback), and the shares in which the explored response is the chosen or the rejected one.
-LENGTHS = {"small": (44, 294, 216, 254), "1b": (218, 340, 340, 340), "8b": (218, 340, 340, 340)}
+LENGTHS = {"small": (44, 294, 216, 254)} | dict.fromkeys(("1b", "8b", "8b-quarter"), (218, 340, 340, 340))
 ALIASED = (0.49, 0.19)
 SPREAD = 0.6  # of the logarithm of a length
 # The parity gate's reference and weight of exploration: far enough from the model, and large enough, for every term of
@@ -189,6 +193,11 @@ def write_models(workload: Workload, config: LlamaConfig) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=REFERENCE_NOISE)
     model.save_pretrained(workload.reference)
+
+
+def bytes_needed(shape: str) -> int:
+    """Bytes that any contestant holds at least: weights, the reference's, gradients and two moments, all in fp32."""
+    return 5 * 4 * Shape.from_config(LlamaConfig(**SHAPES[shape]).to_dict()).weights
 
 
 def parity_rows(rows: Sequence[Row], count: int) -> list[Row]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from selm_fast.config import Config
 from selm_fast.errors import Refused
+
+if TYPE_CHECKING:  # not needed at run time, and benchmarks measure where there is no pydantic
+    from selm_fast.config import Config
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -47,7 +50,7 @@ def check_room(path: Path, count: int, device: torch.device, dtype: torch.dtype)
     Disk: one checkpoint (masters and moments) and the exported model.
     """
     copies = 0 if dtype == torch.float32 else dtype.itemsize
-    needed, there = count * (16 + copies), _memory(device)
+    needed, there = count * (16 + copies), memory_bytes(device)
     if there < needed:
         raise Refused(
             f"{device.type} has {there / 2**30:.1f} GiB of memory; weights, gradients and optimiser of this model "
@@ -65,7 +68,7 @@ def check_room(path: Path, count: int, device: torch.device, dtype: torch.dtype)
         )
 
 
-def _memory(device: torch.device) -> int:
+def memory_bytes(device: torch.device) -> int:
     """Bytes of memory of a device, used or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -106,6 +107,34 @@ def test_wheels_are_found_behind_what_is_installed(
     assert bench.main(["--wheels", str(tmp_path)]) == 0
     assert seen == [True]
     assert importlib.util.find_spec("torch").origin != str(Path(sys.path[-1]) / "torch.py")  # type: ignore[union-attr]
+
+
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys(("pydantic", "tyro", "rich", "trl", "datasets")))  # as if not installed
+sys.argv[0] = "bench.py"
+from benchmarks import bench
+sys.exit(bench.main(sys.argv[1:]))
+"""
+
+
+def bench_without_pydantic(*flags: str) -> subprocess.CompletedProcess[str]:
+    """The driver in a process that has torch and transformers, as a borrowed GPU machine has, and little else."""
+    command = [sys.executable, "-c", WITHOUT, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=machine.ROOT)
+
+
+def test_what_is_not_installed_is_named_before_anything_is_measured() -> None:
+    done = bench_without_pydantic("--part", "ladder", "--part", "scaling")
+    assert done.returncode == 2
+    assert "pydantic is not installed; expected its wheel in a folder given as --wheels" in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_ladder_needs_neither_pydantic_nor_peers() -> None:
+    done = bench_without_pydantic("--part", "ladder", "--rounds", "0")  # refused, once everything is imported
+    assert done.returncode == 2
+    assert "--rounds is 0" in done.stderr
 
 
 def test_a_folder_without_wheels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

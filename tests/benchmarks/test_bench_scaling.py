@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import bench_scaling, scaling_data, scaling_steps, scaling_sweeps
+from benchmarks import bench_scaling, measure, scaling_data, scaling_steps, scaling_sweeps
 from benchmarks.scaling_sweeps import Point, make_step, slope
 from selm_fast.batch import PackedBatch
 from selm_fast.data.groups import TokenGroup
@@ -28,6 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setitem(scaling_sweeps.BASE, "cpu", BASE)
     monkeypatch.setattr(scaling_data, "PAPER_ROWS", 300)
     monkeypatch.setattr(scaling_data, "QUICK_ROWS", 600)
+    monkeypatch.setattr(scaling_sweeps, "MOST_EXPONENT", 1e9)
     monkeypatch.setattr(scaling_data, "MOST_TIME_A_ROW", 1e9)
     monkeypatch.setattr(scaling_data, "MOST_OF_A_STEP", 1e9)
     monkeypatch.setitem(scaling_data.SAMPLE_ROWS, True, 32)
@@ -122,6 +123,23 @@ def test_a_wrong_step_has_no_time_and_fails_the_run(
     printed = capsys.readouterr().out
     assert "WRONG, not shown: groups 1: " in printed
     assert "CPU ms" not in printed
+
+
+@pytest.mark.parametrize("exponent, code", [(1.04, 0), (1.06, 1)])
+def test_a_step_s_time_must_be_linear_in_its_groups(
+    exponent: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timed(steps: dict[str, Any], repeats: int, _: str) -> dict[str, measure.Samples]:
+        taken = {x: [step.point.groups**exponent] * repeats for x, step in steps.items()}
+        return {x: measure.Samples(ms, ms) for x, ms in taken.items()}
+
+    monkeypatch.setattr(scaling_sweeps, "MOST_EXPONENT", 1.05)
+    monkeypatch.setattr(measure, "interleaved", timed)
+    assert bench(tmp_path, "--only", "groups,vocabulary")[0] == code
+    printed = capsys.readouterr().out
+    verdict = "MISSED" if code else "met"
+    assert f"Target exponent of a step's time by its groups: {exponent:.4g}, at most 1.05: {verdict}" in printed
+    assert printed.count("Target") == 1
 
 
 def test_slopes() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_train
+from benchmarks import bench_train, measure
 from benchmarks.train import field, figures, gemms, ladder, race, tables, worker, workload
-from benchmarks.train.contestant import Contestant, Job, batches_by_length
+from benchmarks.train.contestant import Contestant, Job, batches, batches_by_length
 from benchmarks.train.workload import Row, Settings, Workload, make_workload, parity_rows
 from selm_fast.data.packing import TokenGroup, pack
 from selm_fast.model import Policy
@@ -165,6 +165,74 @@ def test_batches_sorted_by_length_are_of_like_lengths_from_evenly_spaced_places(
     assert found == [*range(78, 68, -1), *range(32, 22, -1)]
 
 
+def test_every_batch_has_a_row_of_each_class_of_lengths() -> None:
+    rows = [Row(prompt=[1], chosen=[2] * n, rejected=[3], explored=[2] * n) for n in (5, 80, 40, 6, 44, 81, 41, 7, 82)]
+    found = [len(row.chosen) for row in batches(rows, 3, 2)]
+    assert found == [5, 40, 80, 6, 44, 81]
+    assert batches(rows, 3, 3)[:6] == batches(rows, 3, 2)  # whoever takes more steps has the same first ones
+    assert {len(row.chosen) for row in batches(rows, 3, 3)} == {len(row.chosen) for row in rows}
+
+
+class Paced:
+    """A connection to a contestant whose every answer takes so many seconds, on a clock of its own."""
+
+    clock = 0.0
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.words = seconds, list[str]()
+
+    def send(self, word: str) -> None:
+        self.words.append(word)
+
+    def poll(self, _: float) -> bool:
+        return True
+
+    def recv(self) -> tuple[str, dict[str, Any]]:
+        Paced.clock += self.seconds
+        return "said", {"wall_s": self.seconds, "breakdown": {}, "peak_bytes": 1}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Ended:
+    """The process behind it."""
+
+    def join(self, _: float) -> None:
+        """At once."""
+
+    def is_alive(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("seconds, counted", [(50.0, 3), (49.9, 2), (38.0, 2), (37.9, 1), (0.0, 1)])
+def test_rounds_go_on_while_there_is_time(
+    seconds: float, counted: int, made: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a warm-up of 13 s rounds of 12 s, which end 25, 37 and 49 s after the start; 13 are feared."""
+    monkeypatch.setattr(Paced, "clock", 0.0)
+    monkeypatch.setattr(race.time, "monotonic", lambda: Paced.clock)
+    names = {field.TRL_SELM: 10.0, field.OURS: 1.0, field.COMPILED: 1.0}
+    job = Job(workload=made, rows=[], reference=None, scratch=Path())
+    runners = [
+        race.Runner(ENTRIES[name], job, Ended(), Paced(pace))  # type: ignore[arg-type]
+        for name, pace in names.items()
+    ]
+    assert race.run(runners, 3, print, seconds=seconds) == counted
+    trl, ours, compiled = ([step["wall_s"] for step in runner.counted] for runner in runners)
+    assert len(trl) == len(compiled) == counted
+    assert len(ours) == counted + 3 * field.SPRINT
+    assert [len(runner.steps) for runner in runners] == [counted + 1, counted + 1 + 3 * field.SPRINT, counted + 2]
+    assert runners[0].connection.words[-2:] == [worker.PROFILE, worker.STOP]  # type: ignore[attr-defined]
+    assert worker.PROFILE not in runners[2].connection.words  # type: ignore[attr-defined]
+
+
+def test_a_contestant_has_rows_for_all_its_steps() -> None:
+    assert race.steps_of(field.OURS, 2) == 2 + 2 * field.SPRINT + 1
+    assert race.steps_of(field.TRL_SELM, 2) == 3
+    assert race.steps_of(field.TRL_DPO, 2) == 2
+
+
 def runner_of(entry: Contestant, made: Workload, **said: Any) -> race.Runner:
     job = Job(workload=made, rows=made.rows()[:20], reference=None, scratch=Path())
     runner = race.Runner(entry, job, None, None)  # type: ignore[arg-type]
@@ -249,16 +317,49 @@ def rows_of(made: Workload, ours: float, trl: float, gemm: float, memory: tuple[
 
 def test_targets_are_met_at_their_bounds_and_missed_beyond_them(made: Workload) -> None:
     def verdicts(*args: Any) -> list[bool | None]:
-        return [one["met"] for one in figures.targets(rows_of(made, *args), made, "a processor", 2)]
+        return [one["met"] for one in figures.targets(rows_of(made, *args), made, "a processor", 2, None)]
 
     assert verdicts(1.0, 7.0, 1 / 1.2, (25, 100)) == [True] * 4
     assert verdicts(1.0, 6.9, 0.83, (26, 100)) == [False, False, False, True]
     rows = rows_of(made, 1.0, 7.0, 1 / 1.2, (25, 100))
-    assert [one["met"] for one in figures.targets(rows[1:], made, "a processor", 2)] == [None, None, None, True]
-    threads = figures.targets(rows, made, "a processor", 4)
+    assert [one["met"] for one in figures.targets(rows[1:], made, "a processor", 2, None)] == [None, None, None, True]
+    threads = figures.targets(rows, made, "a processor", 4, None)
     assert {one["met"] for one in threads} == {None} and "2 threads" in threads[0]["why"]
-    assert figures.targets(rows, replace(made, dtype="bf16"), "a processor", 2) == []
-    assert [one["bound"] for one in figures.targets(rows, replace(made, device="cuda"), "NVIDIA H200", 2)] == [4.0]
+    assert figures.targets(rows, replace(made, dtype="bf16"), "a processor", 2, None) == []
+    on_gpu = [figures.targets(rows, replace(made, device="cuda"), "NVIDIA H200", 2, x) for x in (1.15, 1.16, None)]
+    assert [[one["bound"] for one in found] for found in on_gpu] == [[4.0, 1.15]] * 3
+    assert [found[1]["met"] for found in on_gpu] == [True, False, None]
+
+
+def test_the_profiled_step_is_the_one_after_those_that_count(made: Workload) -> None:
+    runner = runner_of(ENTRIES[field.OURS], made, steps=steps(9.0, 1.0, 2.0))
+    assert runner.counted_rows(4) == made.rows()[4:12]
+    assert runner.next_rows(4) == made.rows()[12:16]
+
+
+def test_a_step_in_rooflines_is_the_median_over_the_counted_steps(made: Workload) -> None:
+    runner = runner_of(ENTRIES[field.OURS], made, steps=steps(99.0, 1.0, 2.0, 3.0))
+    peaks = measure.Peaks(matmul={"fp32": 1e9}, copy=1e30)  # bytes cost nothing: FLOPs alone
+    rows = made.rows()
+    least = []
+    for first in (4, 8, 12):
+        work = figures.work_of(rows[first : first + 4], exploring=True)
+        least.append(flops(figures.shape_of(made), work, StepSettings()).total / 1e9)
+    expected = sorted(wall / seconds for wall, seconds in zip((1.0, 2.0, 3.0), least, strict=True))[1]
+    assert figures.in_rooflines(runner, made, peaks) == pytest.approx(expected)
+    assert figures.in_rooflines(runner_of(ENTRIES[field.OURS], made, steps=steps(99.0)), made, peaks) is None
+
+
+def test_weights_go_over_bytes_where_bytes_are_slow(made: Workload) -> None:
+    """A roofline of a batch of two micro-batches reads the weights twice."""
+    peaks = measure.Peaks(matmul={"fp32": 1e30}, copy=1.0)
+    rows = made.rows()[:4]
+    tokens = figures.work_of(rows, exploring=True).tokens
+    bodies = []
+    for most in (tokens, tokens - 1):
+        cut = replace(made, settings=replace(made.settings, max_tokens=most))
+        bodies.append(figures.roofline(rows, cut, peaks)["body"])
+    assert bodies[1] - bodies[0] > 2 * 4 * figures.shape_of(made).body
 
 
 def test_bare_gemms_are_the_flops_of_the_model(made: Workload, tmp_path: Path) -> None:
@@ -322,15 +423,27 @@ def test_no_speed_is_shown_where_one_computes_something_else(
     assert "groups/s" not in out.out and not path.exists()
 
 
+def test_more_rounds_than_there_are_rows_for_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    assert bench_train.main(["--rounds", "9", "--json", str(path)]) == 2
+    said = "256 generated: 256 rows, and 9 rounds take 368: give fewer rounds"
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--rounds", "0"], "--rounds is 0; expected 1 or more"),
         (["--only", "TLR SELM"], "--only names 'TLR SELM'"),
+        (["--shape", "8b"], "--shape 8b: weights, reference, gradients and optimiser of a contestant take 149.6 GiB"),
         (["--data", "nowhere"], "--data is nowhere; expected a folder with selm_train.jsonl"),
     ],
 )
-def test_a_wrong_command_line_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_is_refused(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_train, "memory_bytes", lambda _: 100 * 2**30)
     with pytest.raises(SystemExit) as refusal:
         bench_train.main(arguments)
     assert refusal.value.code == 2
