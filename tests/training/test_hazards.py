@@ -404,5 +404,5 @@ def test_hazard_25_more_than_one_process(make_config: MakeConfig, monkeypatch: p
 
 
 def test_hazard_26_too_little_memory_for_the_weights(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_memory", lambda _device: 1000)
+    monkeypatch.setattr(machine, "memory_bytes", lambda _device: 1000)
     refuse(make_config(), r"cpu has 0\.0 GiB of memory; weights, gradients and optimiser of this model take")

@@ -225,6 +225,7 @@ def test_digest_is_that_of_the_same_settings_only(digest_of: Callable[..., str],
     torch.set_num_threads(2)
     digests["threads"] = digest_of()
     torch.set_num_threads(1)
+    # Not what `import transformers` finds here: transformers.processing_utils puts a second one in its place.
     for module in (selm_fast, torch, identity_module.transformers):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "__version__", "99.0.0")
