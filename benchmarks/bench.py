@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(given)
     if args.wheels is None:
         return measured(parser, args, given)
-    with tempfile.TemporaryDirectory(prefix="wheels-") as unpacked:
+    with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
+        unpacked = str(Path(folder) / "site-packages")  # by this name dill knows that its modules are no user's own
         wheels = sorted(args.wheels.glob("*.whl"))
         if not wheels:
             parser.error(f"--wheels is {args.wheels}; expected a folder of .whl files")

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.train import field as entrants
-from benchmarks.train import worker
+from benchmarks.train import preload, worker
 from benchmarks.train.contestant import Contestant, Job, batches, batches_by_length
 from benchmarks.train.workload import PARITY_ALPHA, Workload, parity_rows
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of losses and gradient norms, relative
 PATIENCE_S = 900.0  # for one answer
-# What every contestant imports; a process that has it starts the others, once for all.
-PRELOADED = ["benchmarks.train.worker", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass
@@ -104,7 +102,8 @@ def start(contestant: Contestant, workload: Workload, rounds: int, threads: int)
     exploring = replace(workload, settings=replace(workload.settings, alpha=PARITY_ALPHA))
     gate = Job(workload=exploring, rows=parity_rows(rows, groups), reference=workload.reference, scratch=Path())
     context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([preload.__name__])
+    os.environ[preload.VARIABLE] = os.pathsep.join(sys.path)
     here, there = context.Pipe()
     process = context.Process(target=worker.main, args=(there, contestant, gate, job, threads), daemon=True)
     process.start()

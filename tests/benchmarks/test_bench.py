@@ -106,6 +106,7 @@ def test_wheels_are_found_behind_what_is_installed(
     monkeypatch.setattr(bench, "measure", measure)
     assert bench.main(["--wheels", str(tmp_path)]) == 0
     assert seen == [True]
+    assert Path(sys.path[-1]).name == "site-packages"
     assert importlib.util.find_spec("torch").origin != str(Path(sys.path[-1]) / "torch.py")  # type: ignore[union-attr]
 
 

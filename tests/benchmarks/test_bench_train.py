@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_train, measure
-from benchmarks.train import field, figures, gemms, ladder, race, tables, worker, workload
+from benchmarks import bench_train, machine, measure
+from benchmarks.train import field, figures, gemms, ladder, preload, race, tables, worker, workload
 from benchmarks.train.contestant import Contestant, Job, batches, batches_by_length
 from benchmarks.train.workload import Row, Settings, Workload, make_workload, parity_rows
 from selm_fast.data.packing import TokenGroup, pack
@@ -257,6 +260,14 @@ def test_whoever_differs_fails_or_lacks_a_yardstick_is_named(made: Workload) -> 
     assert "its yardstick, is not there" in race.disagreements([ours], field.YARDSTICK, "fp32")[0]
     ours.failed = "out of memory"
     assert race.disagreements([plain, ours], field.YARDSTICK, "fp32") == ["selm_fast: out of memory"]
+
+
+def test_contestants_are_started_where_the_parent_s_modules_are_found(tmp_path: Path) -> None:
+    code = "import sys, benchmarks.train.preload; print(sys.path[-1], 'benchmarks.train.worker' in sys.modules)"
+    environment = os.environ | {preload.VARIABLE: os.pathsep.join([*sys.path, str(tmp_path)])}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=environment, cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [str(tmp_path), "True"]
 
 
 def test_a_worker_says_how_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
