@@ -3,7 +3,8 @@
     python -m benchmarks.report            # writes benchmarks/RESULTS.md, its plots, and the tables of README.md
     python -m benchmarks.report --check    # writes nothing; exit code 1 where one is not what the results say
 
-A result is a JSON file that `make bench` or `make gpu-bench` has written: of each machine the newest is shown.
+A result is a JSON file that `make bench` or `make gpu-bench` has written: of each machine the newest is shown. What
+`bench_scaling.py` has written on its own, with more points, rows and rounds, stands below it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ def results(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return sorted(newest.values(), key=lambda pair: pair[0].name)
 
 
+def scalings(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """What bench_scaling.py has written on its own, by file name."""
+    found = [(path, json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("scaling_*.json"))]
+    return [(path, result) for path, result in found if "parts" in result]
+
+
 def provenance(result: Mapping[str, Any]) -> str:
     """Where a figure comes from: machine, versions, commit, command."""
     facts, versions = result["machine"], result["versions"]
@@ -53,7 +60,7 @@ def provenance(result: Mapping[str, Any]) -> str:
     )
 
 
-def page(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
+def page(found: Sequence[tuple[Path, Mapping[str, Any]]], scaled: Sequence[tuple[Path, Mapping[str, Any]]] = ()) -> str:
     """RESULTS.md."""
     lines = ["# Results", "", "Made by `python -m benchmarks.report` from the files in `benchmarks/results`.", ""]
     for path, result in found:
@@ -62,6 +69,11 @@ def page(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
         lines += [f"![groups per second](results/{path.stem}.svg)", ""]
         lines += tables.train(result["train"])
         lines += bench_scaling.table(result["scaling"]) if "scaling" in result else []
+    for path, result in scaled:
+        facts = result["machine"]
+        lines += [f"## {facts.get('gpu', facts['cpu'])}, scaling in full", ""]
+        lines += [f"{provenance(result)}; [figures](results/{path.name}).", ""]
+        lines += bench_scaling.table(result)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -96,13 +108,14 @@ def _summary(train: Mapping[str, Any]) -> Iterator[str]:
 
 def rendered(root: Path) -> dict[Path, str]:
     """Every file that shows figures, and what it should hold; plots are not text, and left out."""
-    found = results(root / "benchmarks" / "results")
+    folder = root / "benchmarks" / "results"
+    found = results(folder)
     text = (root / README).read_text("utf-8")
     pattern = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"{README} must have one place between {BEGIN!r} and {END!r}")
     table = f"{BEGIN}\n{summary(found)}\n{END}"
-    return {root / RESULTS: page(found), root / README: pattern.sub(lambda _: table, text)}
+    return {root / RESULTS: page(found, scalings(folder)), root / README: pattern.sub(lambda _: table, text)}
 
 
 def main(arguments: list[str] | None = None) -> int:

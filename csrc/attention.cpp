@@ -73,30 +73,42 @@ struct Layout {
   }
 };
 
-// What forward and backward are told alike.
-Attention attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Layout& layout,
-                       double scale, int64_t window, double softcap) {
-  Attention a{};
-  a.kind = kind_of(q, "q");
-  a.rows = q.size(0);
-  a.head_size = q.size(2);
-  a.key_heads = k.size(1);
-  a.group = q.size(1) / k.size(1);
-  a.scale = static_cast<float>(scale);
-  a.window = window < 0 ? INT64_MAX / 2 : window;
-  a.softcap = static_cast<float>(softcap);
-  a.kv_index = layout.kv_index.const_data_ptr<int64_t>();
-  a.q = source(q);
-  a.k = source(k);
-  a.v = source(v);
-  return a;
-}
+// What forward and backward are given alike: checked, and as the kernels read it.
+struct Inputs {
+  Layout layout;
+  at::Tensor q, k, v;
+  Attention attention{};
 
-void check_heads(const at::Tensor& q, const at::Tensor& k) {
-  TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == 3 && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
-                    "q must be (T, H, Dh) and k, v (T, Hk, Dh) with H a multiple of Hk; got ", q.sizes(), " and ",
-                    k.sizes());
-}
+  Inputs(const at::Tensor& given_q, const at::Tensor& given_k, const at::Tensor& given_v, const at::Tensor& kv_index,
+         const at::Tensor& cu_q, const at::Tensor& cu_k, double scale, int64_t window, double softcap)
+      : layout(kv_index, cu_q, cu_k, rows_of(given_q, given_k)) {
+    const int64_t rows = given_q.size(0), size = given_q.size(2), key_heads = given_k.size(1);
+    const at::ScalarType dtype = given_q.scalar_type();
+    q = checked(given_q, "q", given_q.sizes(), dtype);
+    k = checked(given_k, "k", {rows, key_heads, size}, dtype);
+    v = checked(given_v, "v", {rows, key_heads, size}, dtype);
+    Attention& a = attention;
+    a.kind = kind_of(q, "q");
+    a.rows = rows;
+    a.head_size = size;
+    a.key_heads = key_heads;
+    a.group = q.size(1) / key_heads;
+    a.scale = static_cast<float>(scale);
+    a.window = window < 0 ? INT64_MAX / 2 : window;
+    a.softcap = static_cast<float>(softcap);
+    a.kv_index = layout.kv_index.const_data_ptr<int64_t>();
+    a.q = source(q);
+    a.k = source(k);
+    a.v = source(v);
+  }
+
+  static int64_t rows_of(const at::Tensor& q, const at::Tensor& k) {
+    TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == 3 && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+                      "q must be (T, H, Dh) and k, v (T, Hk, Dh) with H a multiple of Hk; got ", q.sizes(), " and ",
+                      k.sizes());
+    return q.size(0);
+  }
+};
 
 // Every key head of every branch by itself, the longest first; a thread takes the next when it is done with one. What
 // is computed does not depend on who does it.
@@ -121,23 +133,16 @@ void for_each_head(const Attention& a, const Layout& layout, const AttentionKern
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& given_q, const at::Tensor& given_k,
-                                             const at::Tensor& given_v, const at::Tensor& kv_index,
-                                             const at::Tensor& cu_q, const at::Tensor& cu_k, double scale,
-                                             int64_t window, double softcap) {
-  check_heads(given_q, given_k);
-  const int64_t rows = given_q.size(0), heads = given_q.size(1), size = given_q.size(2), key_heads = given_k.size(1);
-  const at::ScalarType dtype = given_q.scalar_type();
-  const at::Tensor q = checked(given_q, "q", {rows, heads, size}, dtype);
-  const at::Tensor k = checked(given_k, "k", {rows, key_heads, size}, dtype);
-  const at::Tensor v = checked(given_v, "v", {rows, key_heads, size}, dtype);
-  const Layout layout(kv_index, cu_q, cu_k, rows);
-  at::Tensor out = at::empty({rows, heads, size}, q.options());
-  at::Tensor lse = at::empty({heads, rows}, q.options().dtype(at::kFloat));
-  const Attention a = attention_of(q, k, v, layout, scale, window, softcap);
+std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                             const at::Tensor& kv_index, const at::Tensor& cu_q, const at::Tensor& cu_k,
+                                             double scale, int64_t window, double softcap) {
+  const Inputs in(q, k, v, kv_index, cu_q, cu_k, scale, window, softcap);
+  const Attention& a = in.attention;
+  at::Tensor out = at::empty(in.q.sizes(), in.q.options());
+  at::Tensor lse = at::empty({in.q.size(1), a.rows}, in.q.options().dtype(at::kFloat));
   const AttentionOutput o = {target(out), lse.mutable_data_ptr<float>()};
   const AttentionKernels& kernels = variant().attention;
-  for_each_head(a, layout, kernels, false, [&](const Branch& branch, int64_t key_head, float* scratch) {
+  for_each_head(a, in.layout, kernels, false, [&](const Branch& branch, int64_t key_head, float* scratch) {
     kernels.forward(a, o, branch, key_head, scratch);
   });
   return {out, lse};
@@ -186,33 +191,28 @@ void add_copies(const Attention& a, const AttentionGradients& g, const Readers& 
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
-    const at::Tensor& given_grad, const at::Tensor& given_q, const at::Tensor& given_k, const at::Tensor& given_v,
+    const at::Tensor& given_grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& given_out, const at::Tensor& given_lse, const at::Tensor& kv_index, const at::Tensor& cu_q,
     const at::Tensor& cu_k, double scale, int64_t window, double softcap) {
-  check_heads(given_q, given_k);
-  const int64_t rows = given_q.size(0), heads = given_q.size(1), size = given_q.size(2), key_heads = given_k.size(1);
-  const at::ScalarType dtype = given_q.scalar_type();
-  const at::Tensor q = checked(given_q, "q", {rows, heads, size}, dtype);
-  const at::Tensor k = checked(given_k, "k", {rows, key_heads, size}, dtype);
-  const at::Tensor v = checked(given_v, "v", {rows, key_heads, size}, dtype);
-  const at::Tensor grad = checked(given_grad, "grad", {rows, heads, size}, dtype);
-  const at::Tensor out = checked(given_out, "out", {rows, heads, size}, dtype);
-  const at::Tensor lse = checked(given_lse, "lse", {heads, rows}, at::kFloat).contiguous();
-  const Layout layout(kv_index, cu_q, cu_k, rows);
-  const Readers readers(layout.kv_index, rows);
-  at::Tensor dq = at::empty({rows, heads, size}, q.options()), dk = at::empty({rows, key_heads, size}, q.options()),
-             dv = at::empty({rows, key_heads, size}, q.options());
-  at::Tensor copies = at::empty({readers.bounds.back(), key_heads, 2, size}, q.options().dtype(at::kFloat));
-  const Attention a = attention_of(q, k, v, layout, scale, window, softcap);
+  const Inputs in(q, k, v, kv_index, cu_q, cu_k, scale, window, softcap);
+  const Attention& a = in.attention;
+  const at::Tensor grad = checked(given_grad, "grad", in.q.sizes(), in.q.scalar_type());
+  const at::Tensor out = checked(given_out, "out", in.q.sizes(), in.q.scalar_type());
+  const at::Tensor lse = checked(given_lse, "lse", {in.q.size(1), a.rows}, at::kFloat).contiguous();
+  const Readers readers(in.layout.kv_index, a.rows);
+  at::Tensor dq = at::empty(in.q.sizes(), in.q.options()), dk = at::empty(in.k.sizes(), in.q.options()),
+             dv = at::empty(in.v.sizes(), in.q.options());
+  at::Tensor copies =
+      at::empty({readers.bounds.back(), a.key_heads, 2, a.head_size}, in.q.options().dtype(at::kFloat));
   const AttentionGradients g = {source(grad), source(out), lse.const_data_ptr<float>(), target(dq), target(dk),
                                 target(dv),   readers.places.data(), copies.mutable_data_ptr<float>()};
   const AttentionKernels& kernels = variant().attention;
-  for_each_head(a, layout, kernels, true, [&](const Branch& branch, int64_t key_head, float* scratch) {
+  for_each_head(a, in.layout, kernels, true, [&](const Branch& branch, int64_t key_head, float* scratch) {
     kernels.backward(a, g, branch, key_head, scratch);
   });
-  if (dtype == at::kFloat)
+  if (a.kind == Kind::f32)
     add_copies<float>(a, g, readers);
-  else if (dtype == at::kBFloat16)
+  else if (a.kind == Kind::bf16)
     add_copies<at::BFloat16>(a, g, readers);
   else
     add_copies<at::Half>(a, g, readers);

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import machine, report
+from benchmarks import bench_scaling, machine, report
 from benchmarks.train import plots
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
@@ -28,11 +28,25 @@ def test_there_is_a_result_and_each_is_whole() -> None:
         assert path.name == machine.dated_path(result).name
         assert result["commit"]["id"] and result["command"].startswith("python benchmarks/")
         train = result["train"]
-        assert not train["missing"]
+        assert all(train["missing"].values())
         for row in train["contestants"]:
             assert row["failed"] is None, row["name"]
-            assert len(row["wall_s"]) >= 2
-        assert all(target["met"] is not None for target in train["targets"])
+            assert len(row["wall_s"]) >= train["rounds"] >= 1
+        assert all(target["met"] is not None or target["why"] for target in train["targets"])
+
+
+def test_scaling_in_full_stands_below(tmp_path: Path) -> None:
+    path, result = FOUND[0]
+    alone = {key: result[key] for key in ("command", "date", "commit", "machine", "versions")} | result["scaling"]
+    machine.write_json(tmp_path / "scaling_some_processor.json", alone)
+    machine.write_json(tmp_path / "scaling_of_another_kind.json", {"not": "parts"})
+    scaled = report.scalings(tmp_path)
+    assert [found.name for found, _ in scaled] == ["scaling_some_processor.json"]
+    before, after = report.page([(path, result)]), report.page([(path, result)], scaled)
+    assert after.startswith(before.rstrip())
+    added = after.removeprefix(before.rstrip())
+    assert "scaling in full" in added and report.provenance(alone) in added
+    assert all(line in added for line in bench_scaling.table(result["scaling"]))
 
 
 @pytest.mark.parametrize("path", [path for path, _ in FOUND], ids=lambda path: path.stem)

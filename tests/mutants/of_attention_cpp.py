@@ -55,9 +55,13 @@ ATTENTION_CSRC = [
         ("the last numbers of an odd head are not transposed", "for (int64_t d = 0; d < size; d += 4)", "for (int64_t d = 0; d + 4 <= size; d += 4)"),
     ),
     *mutants_of(
+        "csrc/variants.cpp",
+        TESTS,
+        ("the chosen instruction set is not asked for", "return *chosen().load();", "return *usable().front();"),
+    ),
+    *mutants_of(
         "csrc/attention.cpp",
         TESTS,
-        ("the chosen instruction set is not asked for", "if (strcmp(found->name, variant()) == 0) return *found;", ""),
         ("columns of any stride", "return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();", "return t;"),
         ("a negative key", "highest = std::max(highest, static_cast<uint64_t>(index[j]))", "highest = std::max<int64_t>(highest, index[j])"),
         ("a key beyond the last row", "highest < static_cast<uint64_t>(rows)", "highest <= static_cast<uint64_t>(rows)"),

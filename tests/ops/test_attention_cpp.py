@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from selm_fast.ops import attention_cpp, attention_flash_cpu, attention_reference, extension
+from selm_fast.ops import attention_cpp, attention_flash_cpu, attention_reference
 from selm_fast.ops.attention_layout import Layout, Scores
 
 from .attention_layouts import LAYOUTS, SCALE, SETTINGS, Rows, dense, layout, run, separately
-from .triton_cases import assert_as_accurate, poisoned_memory
+from .cpp_cases import CPP, variant
+from .triton_cases import assert_as_accurate
 
-REQUIRED = os.environ.get("SELM_FAST_EXTENSION") == "1"
-pytestmark = pytest.mark.skipif(not (extension.available() or REQUIRED), reason=extension.status())
+__all__ = ["variant"]
+pytestmark = [CPP, pytest.mark.usefixtures("variant")]
 
 PLAIN = Scores(SCALE, None, None)
 # Both sides of a tile of 64 queries and of one and two blocks of 96 keys, and of what these are rounded to.
@@ -29,18 +28,6 @@ SHUFFLED = Rows(
 )
 HEADS = {"1 for 1": (2, 2), "3 for 1": (6, 2), "8 for 1": (8, 1)}
 SIZES = [1, 2, 4, 7, 8, 16, 20, 32, 33, 48, 64, 80, 96, 128]
-
-
-@pytest.fixture(autouse=True, params=["avx512", "avx2", "any"])
-def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test with the kernels of an instruction set; what nobody wrote holds NaN."""
-    usable = torch.ops.selm_fast_cpp.variants()
-    if request.param not in usable:
-        pytest.skip("this processor lacks it")
-    torch.ops.selm_fast_cpp.set_variant(request.param)
-    with poisoned_memory():
-        yield request.param
-    torch.ops.selm_fast_cpp.set_variant(usable[0])
 
 
 def make(rows: Rows, heads: str, size: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from selm_fast.ops import extension
+from tests.ops.cpp_cases import CPP, REQUIRED
 
 ROOT = Path(__file__).parents[2]
-REQUIRED = os.environ.get("SELM_FAST_EXTENSION") == "1"
-needs_it = pytest.mark.skipif(not (extension.available() or REQUIRED), reason=extension.status())
 in_a_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs setup.py")
 
 
@@ -24,7 +23,7 @@ def test_it_is_there_where_it_is_required() -> None:
     assert extension.available(), extension.status()
 
 
-@needs_it
+@CPP
 class TestLoaded:
     def test_status_names_torch_and_what_the_processor_runs(self) -> None:
         assert extension.status().startswith(f"it is loaded for torch {torch.__version__}")

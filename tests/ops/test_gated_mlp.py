@@ -10,7 +10,7 @@ from torch import Tensor
 from selm_fast.ops import extension
 from selm_fast.ops import gated_mlp as module
 from selm_fast.ops.gated_mlp import gated_mlp
-from tests.ops.layer_cases import CPP, DTYPES, in_dtype, served
+from tests.ops.cpp_cases import CPP, DTYPES, in_dtype, served
 from tests.ops.memory import allocated
 from tests.ops.triton_cases import assert_as_accurate
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import product
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from selm_fast.ops import extension
+from tests.ops.cpp_cases import CPP
 
-REQUIRED = os.environ.get("SELM_FAST_EXTENSION") == "1"
-pytestmark = pytest.mark.skipif(not (extension.available() or REQUIRED), reason=extension.status())
+pytestmark = CPP
 
 # Below, at and above a block (64), the unit of its depth (32) and the depth that is done at once (512); odd depths.
 ROWS, COLUMNS, DEPTHS = (1, 3, 64, 65, 200), (1, 5, 64, 130), (1, 2, 31, 33, 64, 512, 545, 1090)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from selm_fast.ops import rms_norm as module
 from selm_fast.ops.rms_norm import rms_norm
-from tests.ops.layer_cases import CPP, DTYPES, in_dtype, served
+from tests.ops.cpp_cases import CPP, DTYPES, in_dtype, served
 from tests.ops.triton_cases import assert_as_accurate
 
 __all__ = ["served"]

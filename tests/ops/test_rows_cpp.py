@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from selm_fast.ops import extension, rows_cpp, rows_torch
-from tests.ops.triton_cases import FLOOR, assert_as_accurate, poisoned_memory
+from selm_fast.ops import rows_cpp, rows_torch
+from tests.ops.cpp_cases import CPP, variant
+from tests.ops.triton_cases import FLOOR, assert_as_accurate
 
-REQUIRED = os.environ.get("SELM_FAST_EXTENSION") == "1"
-pytestmark = pytest.mark.skipif(not (extension.available() or REQUIRED), reason=extension.status())
+__all__ = ["variant"]
+pytestmark = [CPP, pytest.mark.usefixtures("variant")]
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -36,18 +35,6 @@ KEPT = {
     "fp16": ("tops", torch.float16),
 }
 V0 = 64
-
-
-@pytest.fixture(autouse=True, params=["avx512", "avx2", "any"])
-def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test with the kernels of an instruction set; what nobody wrote holds NaN."""
-    usable = torch.ops.selm_fast_cpp.variants()
-    if request.param not in usable:
-        pytest.skip("this processor lacks it")
-    torch.ops.selm_fast_cpp.set_variant(request.param)
-    with poisoned_memory():
-        yield request.param
-    torch.ops.selm_fast_cpp.set_variant(usable[0])
 
 
 def make(
