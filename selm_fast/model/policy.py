@@ -235,7 +235,9 @@ class Policy(nn.Module):
     def compile_layers(self) -> None:
         """torch.compile each decoder layer, for any number of tokens."""
         for layer in self.layers():
-            layer.compile(dynamic=True)
+            # By default what is rounded to 16 bits depends on what is kept for a backward pass, and the reference pass,
+            # which keeps nothing, would have other bits.
+            layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # not needed at run time, and benchmarks measure where there 
     from selm_fast.config import Config
 
 
+COMPILES_BF16 = "2.13"  # the first torch whose compiler obeys emulate_precision_casts on a CPU
+
+
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     """The device and compute dtype a run uses. Raises Refused where the machine does not have them."""
     processes = os.environ.get("WORLD_SIZE", "1")  # what torchrun and its like set
@@ -39,6 +42,12 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
         raise Refused(
             "dtype is bfloat16 and this GPU has none (compute capability 8.0 is the first that has): "
             "set dtype to float32"
+        )
+    if config.model.compile and dtype == torch.bfloat16 and device.type == "cpu" and torch.__version__ < COMPILES_BF16:
+        raise Refused(
+            f"model.compile in bfloat16 on a CPU needs torch {COMPILES_BF16} or newer and this is {torch.__version__}, "
+            "which rounds otherwise with gradients than without, so that no first step would be exact: "
+            "set model.compile to false or dtype to float32, or install a newer torch"
         )
     return device, dtype
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from selm_fast.cli.main import main
 from selm_fast.config import Config
@@ -98,6 +99,19 @@ def test_hazard_25_a_gpu_without_bf16(make_config: MakeConfig, monkeypatch: pyte
         choose_device(make_config(device="cuda", dtype="bfloat16"))
     assert choose_device(make_config(device="cuda", dtype="float32")) == (torch.device("cuda"), torch.float32)
     assert choose_device(make_config(device="cpu", dtype="bfloat16")) == (torch.device("cpu"), torch.bfloat16)
+
+
+def test_compiling_in_bf16_on_a_cpu_needs_a_torch_that_rounds_as_eager(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cpu"))
+    compiled = make_config(device="cpu", dtype="bfloat16", model__compile=True)
+    with pytest.raises(Refused, match=r"needs torch 2.13 or newer and this is 2.12.1\+cpu.*set model.compile to false"):
+        choose_device(compiled)
+    choose_device(make_config(device="cpu", dtype="float32", model__compile=True))
+    choose_device(make_config(device="cpu", dtype="bfloat16"))
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0+cpu"))
+    assert choose_device(compiled) == (torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
