@@ -14,11 +14,13 @@ COLUMNS = (
 def train(section: Mapping[str, Any]) -> Iterator[str]:
     """Every contestant in a row, then targets, profile, and how it was measured."""
     shape, rows, settings = section["shape"], section["rows"], section["settings"]
+    matmul = section["peaks"]["matmul_flop_per_s"][section["dtype"]]
     yield (
         f"{section['device_name']}, {section['threads']} threads, {section['dtype']}; Llama of {shape['hidden_size']} "
         f"hidden units, {shape['num_hidden_layers']} layers, {shape['vocab_size']:,} tokens of vocabulary; "
         f"{rows['source']} rows, {settings['groups']} groups a step, max_length {settings['max_length']}; medians of "
-        f"{section['rounds']} rounds."
+        f"{section['rounds']} rounds. Between these a large matmul reached {matmul / 1e9:,.0f} GFLOP/s and a copy "
+        f"{section['peaks']['copy_bytes_per_s'] / 1e9:,.1f} GB/s: what else the machine was doing shows in them."
     )
     yield ""
     yield from speeds(section)
