@@ -89,6 +89,7 @@ def compare(workload: Workload, args: argparse.Namespace, say: Callable[[str], A
     means = {method: figures.mean_useful_tokens(rows, method == "selm") for method in ("selm", "dpo")}
     peak = peaks.matmul[workload.dtype]
     found = [figures.figures(one, workload, means[one.contestant.method], peak) for one in runners]
+    by_name = {row["name"]: row for row in found}
     ours = next((one for one in runners if one.contestant.name == field.OURS and one.breakdown), None)
     explained = None if ours is None else figures.in_rooflines(ours, workload, peaks)
     return {
@@ -106,6 +107,7 @@ def compare(workload: Workload, args: argparse.Namespace, say: Callable[[str], A
         "yardsticks": [row for row in found if row["name"] in (field.GEMMS, field.LINEAR_GEMMS)],
         "missing": missing,
         "roofline": None if ours is None else figures.roofline(ours.next_rows(groups), workload, peaks),
+        "outside_kernel": figures.outside_kernel(by_name.get(field.TRL_SELM), by_name.get(field.OURS)),
         "targets": figures.targets(found, workload, machine.device_name(workload.device), threads, explained),
         "seconds": time.monotonic() - began,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -92,14 +93,18 @@ def batches_by_length(rows: Sequence[Row], groups: int, rounds: int, exploring: 
 
 
 class Stopwatch:
-    """Seconds on the wall and of CPU time of this process, since the last lap."""
+    """Seconds on the wall, of CPU time of this process, and of that in the kernel, since the last lap."""
 
     def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._last = self._now()
 
-    def lap(self) -> tuple[float, float]:
-        """(wall, CPU) since the last lap."""
-        now = time.perf_counter(), time.process_time()
-        passed = now[0] - self._wall, now[1] - self._cpu
-        self._wall, self._cpu = now
-        return passed
+    def lap(self) -> tuple[float, float, float]:
+        """(wall, CPU, kernel) since the last lap."""
+        now = self._now()
+        wall, cpu, kernel = (later - earlier for later, earlier in zip(now, self._last, strict=True))
+        self._last = now
+        return wall, cpu, kernel
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        return time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_stime

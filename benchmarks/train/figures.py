@@ -39,7 +39,7 @@ def figures(runner: Runner, workload: Workload, mean_tokens: float, peak: float)
     tokens = [sum(row.useful_tokens(entry.exploring) for row in batch) for batch in batches]
     shape = shape_of(workload)
     useful = [useful_flops(shape, work_of(batch, entry.exploring)) for batch in batches]
-    walls, cpus = ([step[clock] for step in runner.counted] for clock in ("wall_s", "cpu_s"))
+    walls, cpus, kernel = ([step[clock] for step in runner.counted] for clock in ("wall_s", "cpu_s", "kernel_s"))
     per_s = [count / seconds for count, seconds in zip(tokens, walls, strict=True)]
     rate = statistics.median(per_s) / mean_tokens
     all_tokens = sum(row.useful_tokens(entry.exploring) for row in runner.job.rows)
@@ -49,6 +49,7 @@ def figures(runner: Runner, workload: Workload, mean_tokens: float, peak: float)
         "warm_up": entry.warm_up,
         "wall_s": walls,
         "cpu_s": cpus,
+        "kernel_s": kernel,
         "useful_tokens": tokens,
         "groups_per_s": {key: value / mean_tokens for key, value in measure.summary(per_s).items()},
         "groups_per_cpu_s": statistics.median(n / s for n, s in zip(tokens, cpus, strict=True)) / mean_tokens,
@@ -109,6 +110,15 @@ def ratio(slow: Figures | None, fast: Figures | None) -> float | None:
         return None
     common = min(len(row["wall_s"]) for row in (slow, fast))
     return measure.ratio(*(row["wall_s"][:common] for row in (slow, fast)))
+
+
+def outside_kernel(slow: Figures | None, fast: Figures | None) -> float | None:
+    """`ratio` of CPU time outside the kernel, whose clearing of fresh pages is another matter on every machine."""
+    if not slow or not fast or "wall_s" not in slow or "wall_s" not in fast:
+        return None
+    spent = [[cpu - kernel for cpu, kernel in zip(row["cpu_s"], row["kernel_s"], strict=True)] for row in (slow, fast)]
+    common = min(map(len, spent))
+    return measure.ratio(*(seconds[:common] for seconds in spent))
 
 
 def targets(

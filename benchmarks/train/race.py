@@ -27,7 +27,7 @@ PATIENCE_S = 900.0  # for one answer
 class Runner:
     """A contestant's process and what it has said.
 
-    steps: {wall_s, cpu_s, loss, grad_norm} of every step, warm-up among them.
+    steps: {wall_s, cpu_s, kernel_s, loss, grad_norm} of every step, warm-up among them.
     """
 
     contestant: Contestant

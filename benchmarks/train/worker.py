@@ -33,8 +33,8 @@ def main(connection: Connection, contestant: Contestant, parity: Job, job: Job, 
     """Run one contestant; everything is said over the connection as (kind, values).
 
     "parity" {loss, grad_norm}; then, at a word of the parent's each: "ready" {seconds, reference_seconds};
-    "step" {wall_s, cpu_s, loss, grad_norm}, or with "profile" {breakdown} beside; at last "done" {peak_bytes}. "failed"
-    {why} at any point.
+    "step" {wall_s, cpu_s, kernel_s, loss, grad_norm}, or with "profile" {breakdown} beside; at last "done"
+    {peak_bytes}. "failed" {why} at any point.
     """
     torch.set_num_threads(1)  # as many are at the gate at a time as there are cores
     _be_quiet()
@@ -134,15 +134,17 @@ class Turns:
     def ready(self) -> None:
         """Say how long it took to come here, and wait."""
         self._synchronize()
-        wall, _ = self.watch.lap()
+        wall, _, _ = self.watch.lap()
         self.connection.send(("ready", {"setup_s": wall - self.reference_s, "reference_s": self.reference_s}))
         self._next()
 
     def step(self, loss: float, grad_norm: float) -> None:
         """Say what the step took, and wait."""
         self._synchronize()
-        wall, cpu = self.watch.lap()
-        found: dict[str, Any] = {"wall_s": wall, "cpu_s": cpu, "loss": loss, "grad_norm": grad_norm}
+        wall, cpu, kernel = self.watch.lap()
+        found: dict[str, Any] = {
+            "wall_s": wall, "cpu_s": cpu, "kernel_s": kernel, "loss": loss, "grad_norm": grad_norm
+        }  # fmt: skip
         if self.profiler is not None:
             self.profiler.__exit__(None, None, None)
             found["breakdown"] = profile.breakdown(self.profiler, self.device)

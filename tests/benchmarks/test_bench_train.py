@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import mmap
 import multiprocessing
 import os
 import subprocess
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks import bench_train, machine, measure
 from benchmarks.train import field, figures, gemms, ladder, preload, race, tables, worker, workload
-from benchmarks.train.contestant import Contestant, Job, batches, batches_by_length
+from benchmarks.train.contestant import Contestant, Job, Stopwatch, batches, batches_by_length
 from benchmarks.train.workload import Row, Settings, Workload, make_workload, parity_rows
 from selm_fast.data.packing import TokenGroup, pack
 from selm_fast.model import Policy
@@ -281,7 +282,9 @@ def test_a_worker_says_how_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def steps(*walls: float) -> list[dict[str, float]]:
-    return [{"wall_s": wall, "cpu_s": 2 * wall, "loss": 0.7, "grad_norm": 1.0} for wall in walls]
+    return [
+        {"wall_s": wall, "cpu_s": 2 * wall, "kernel_s": 0.3 * wall, "loss": 0.7, "grad_norm": 1.0} for wall in walls
+    ]
 
 
 def test_figures_of_given_times(made: Workload) -> None:
@@ -340,6 +343,24 @@ def test_targets_are_met_at_their_bounds_and_missed_beyond_them(made: Workload) 
     on_gpu = [figures.targets(rows, replace(made, device="cuda"), "NVIDIA H200", 2, x) for x in (1.15, 1.16, None)]
     assert [[one["bound"] for one in found] for found in on_gpu] == [[4.0, 1.15]] * 3
     assert [found[1]["met"] for found in on_gpu] == [True, False, None]
+
+
+def test_cpu_time_outside_the_kernel_is_compared_step_by_step() -> None:
+    slow = {"wall_s": [9.0, 9.0], "cpu_s": [10.0, 20.0], "kernel_s": [4.0, 8.0]}
+    fast = {"wall_s": [1.0, 1.0, 1.0], "cpu_s": [2.0, 4.0, 99.0], "kernel_s": [0.5, 2.0, 0.0]}
+    assert figures.outside_kernel(slow, fast) == pytest.approx((6 / 1.5 + 12 / 2) / 2)
+    assert figures.outside_kernel(None, fast) is figures.outside_kernel(slow, {"name": "failed"}) is None
+
+
+def test_time_in_the_kernel_is_told_apart() -> None:
+    watch = Stopwatch()
+    for _ in range(8):
+        mmap.mmap(-1, 2**26).write(bytes(2**26))  # fresh pages, cleared by the kernel
+    wall, cpu, kernel = watch.lap()
+    assert wall > 0 and 0 < kernel <= cpu + 0.05
+    assert sum(range(10**7)) > 0
+    _, cpu, less = watch.lap()
+    assert less < cpu / 2 and less < kernel
 
 
 def test_the_profiled_step_is_the_one_after_those_that_count(made: Workload) -> None:
