@@ -81,8 +81,8 @@ def summary(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     """The README's tables: a few contestants of each result, beside the peer that has no other advantage."""
     lines: list[str] = []
     for path, result in found:
-        lines += _summary(result["train"])
-        lines += ["", f"<sub>{provenance(result)}; all figures: [RESULTS.md](benchmarks/RESULTS.md), "
+        lines += [*_summary(result["train"]), "", *tables.outside_kernel(result["train"])]
+        lines += [f"<sub>{provenance(result)}; all figures: [RESULTS.md](benchmarks/RESULTS.md), "
                       f"[{path.name}](benchmarks/results/{path.name}).</sub>", ""]  # fmt: skip
     return "\n".join(lines).strip()
 

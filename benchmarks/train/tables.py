@@ -28,16 +28,21 @@ def train(section: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield from speeds(section)
     yield ""
+    yield from outside_kernel(section)
+    yield from targets(section)
+    yield from profile(section)
+    for name, reason in section["missing"].items():
+        yield f"Left out: {name}: {reason}"
+
+
+def outside_kernel(section: Mapping[str, Any]) -> Iterator[str]:
+    """The ratio that does not depend on how quickly a machine hands out memory."""
     if section["outside_kernel"]:
         yield (
             f"Of CPU time outside the kernel, which clears the pages that a process takes anew, {field.TRL_SELM} "
             f"spends {section['outside_kernel']:.1f} times as much on a step as {field.OURS}."
         )
         yield ""
-    yield from targets(section)
-    yield from profile(section)
-    for name, reason in section["missing"].items():
-        yield f"Left out: {name}: {reason}"
 
 
 def speeds(section: Mapping[str, Any]) -> Iterator[str]:
