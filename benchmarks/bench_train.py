@@ -36,7 +36,7 @@ from selm_fast.ops import extension
 from selm_fast.training.machine import memory_bytes
 
 ROUNDS, SECONDS = 2, 330.0  # where nobody asks for more: of rounds, on a slow machine just one
-GENERATED = 256
+GENERATED = 512
 DTYPES = {"cpu": "fp32", "cuda": "bf16"}
 
 

@@ -122,10 +122,12 @@ def result_path(stem: str, device: str) -> Path:
 
 
 def described(device: str, command: str) -> dict[str, Any]:
-    """What every result begins with: how, from which sources, where, with what, and on which day it was made."""
+    """What every result begins with: how, from which sources, where, with what, and when it was made."""
+    now = datetime.now(UTC)
     return {
         "command": command,
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.time().isoformat("seconds"),
         "commit": commit(),
         "machine": machine(device),
         "versions": versions(),

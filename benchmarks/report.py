@@ -36,9 +36,13 @@ def results(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
             continue
         train = found["train"]
         key = (train["device_name"], train["shape"]["name"], train["dtype"])
-        if key not in newest or found["date"] >= newest[key][1]["date"]:
+        if key not in newest or _made(found) >= _made(newest[key][1]):
             newest[key] = (path, found)
     return sorted(newest.values(), key=lambda pair: pair[0].name)
+
+
+def _made(result: Mapping[str, Any]) -> tuple[str, str]:
+    return result["date"], result["time"]
 
 
 def scalings(folder: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -46,7 +46,7 @@ def test_sweeps_say_what_was_measured_and_where(tmp_path: Path, capsys: pytest.C
     code, results = bench(tmp_path, "--only", ",".join(names))
     assert code == 0
     assert set(results) == {
-        "command", "date", "commit", "machine", "versions", "device", "quick", "repeats", "parts"
+        "command", "date", "time", "commit", "machine", "versions", "device", "quick", "repeats", "parts"
     }  # fmt: skip
     assert results["machine"]["threads"] == 1
     assert list(results["parts"]) == names

@@ -457,8 +457,8 @@ def test_no_speed_is_shown_where_one_computes_something_else(
 
 def test_more_rounds_than_there_are_rows_for_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "result.json"
-    assert bench_train.main(["--rounds", "9", "--json", str(path)]) == 2
-    said = "256 generated: 256 rows, and 9 rounds take 368: give fewer rounds"
+    assert bench_train.main(["--rounds", "10", "--json", str(path)]) == 2
+    said = "512 generated: 512 rows, and 10 rounds take 568: give fewer rounds"
     assert capsys.readouterr().err == f"error: {said}\n"
     assert not path.exists()
 

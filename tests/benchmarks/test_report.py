@@ -88,7 +88,8 @@ def test_every_figure_says_where_it_is_from() -> None:
 def test_of_two_results_of_a_machine_the_newer_is_shown(tmp_path: Path) -> None:
     older, newer = changed(), changed()
     older["date"], newer["date"] = "2026-01-02", "2026-01-10"
-    for name, result in (("b", older), ("a", newer)):
+    older["time"], newer["time"] = "23:00:00", "01:00:00"
+    for name, result in (("b", older), ("a", newer), ("c", newer | {"time": "00:59:59"})):
         machine.write_json(tmp_path / f"{name}.json", result)
     machine.write_json(tmp_path / "other.json", {"not": "a result of training"})
     assert [path.name for path, _ in report.results(tmp_path)] == ["a.json"]
