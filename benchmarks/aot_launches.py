@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from selm_fast.ops import preference_loss_triton, rows_triton, segment_sum_triton, sequence_sum_triton
+from selm_fast.ops import adamw_triton, preference_loss_triton, rows_triton, segment_sum_triton, sequence_sum_triton
+from selm_fast.ops.adamw import Settings, Tensors
 from selm_fast.ops.head import TILE_VOCAB
 
 HIDDEN = 4096
@@ -38,6 +39,11 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "float32", partial(sequence_sum_triton.sequence_sums, torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32))
     yield "plain", partial(_group_losses, 0.0)
     yield "label smoothing", partial(_group_losses, 0.1)
+    for moments in (torch.float32, torch.bfloat16):
+        name = f"{str(moments).removeprefix('torch.')} moments"
+        yield name, partial(_adamw, moments, 4096, None, None)
+        yield f"{name}, scale, skip", partial(_adamw, moments, 4096, PER_ROW[0], PER_ROW[0] > 0)
+        yield f"{name}, scale, skip, ragged", partial(_adamw, moments, 4095, PER_ROW[0], PER_ROW[0] > 0)
 
 
 def _rows(
@@ -79,3 +85,10 @@ def _group_losses(label_smoothing: float) -> None:
         logps, logps, TARGETS, TARGETS, TARGETS,
         beta=0.1, exploration_weight=0.01, label_smoothing=label_smoothing, divisor=1,
     )  # fmt: skip
+
+
+def _adamw(moments: torch.dtype, numel: int, grad_scale: torch.Tensor | None, skip: torch.Tensor | None) -> None:
+    weights, state = torch.zeros(numel), torch.zeros(numel, dtype=moments)
+    tensors = Tensors(weights, weights, state, state)
+    settings = Settings(lr=5e-7, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, salt=1 << 62, offset=1 << 40)
+    adamw_triton.adamw_step(tensors, PER_ROW[0] + 1, settings, grad_scale, skip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from selm_fast.ops import extension
+from selm_fast.ops.adamw import adamw_
 from selm_fast.ops.attention import attention_backend, shared_prefix_attention
 from selm_fast.ops.backend import resolve
 from selm_fast.ops.fused_preference_loss import fused_preference_loss
@@ -14,6 +15,7 @@ from selm_fast.ops.sequence_sum import sequence_sum
 
 __all__ = [
     "Pairs",
+    "adamw_",
     "attention_backend",
     "backends",
     "fused_preference_loss",
