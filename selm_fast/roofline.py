@@ -1,4 +1,4 @@
-"""FLOPs, bytes and memory of a training step, from a model's shape and the lengths of its groups: arithmetic alone.
+"""FLOPs and bytes of a training step, from a model's shape and the lengths of its groups: arithmetic alone.
 
 With Nb parameters in the body's matmuls, T tokens, N rows of the head, D hidden, V vocabulary, and
 A = 4 x layers x heads x head size x sum over branches of (query, key) pairs, a query seeing the keys up to its own:
@@ -32,14 +32,12 @@ __all__ = [
     "GroupLengths",
     "HeadMode",
     "Layout",
-    "Memory",
     "Settings",
     "Shape",
     "Traffic",
     "Work",
     "bound",
     "flops",
-    "memory",
     "traffic",
     "useful_flops",
 ]
@@ -53,7 +51,6 @@ CONFIG_NAMES = (
 )  # fmt: skip
 RECOMPUTED: dict[Checkpointing, float] = {"none": 0.0, "selective": 0.05, "full": 1.0}
 FP32 = 4  # bytes
-HEAD_TILE = (4096, 6144)  # rows and vocabulary of a tile on a GPU, as selm_fast.ops.head cuts them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,68 +204,6 @@ def traffic(shape: Shape, work: Work, settings: Settings) -> Traffic:
         + (3 + (settings.head == "recompute") + reference) * size * work.head_rows * shape.hidden,
         logits=2.0 * (settings.head == "keep") * size * work.head_rows * shape.vocab,
         optimizer=shape.weights * (10 * FP32 + (size + FP32 if size < FP32 else 0)),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Peak bytes on one device, by what holds them; `selm_fast` shares nothing among devices.
-
-    weights: as they compute.  masters: fp32, beside weights of 16 bits.
-    gradients: fp32, all of them, as from a step's second micro-batch on.
-    activations: what the layers keep for the backward pass, and the rows that the head reads.
-    head: its newest gradient, beside kept logits, a tile in fp32 and one in the compute dtype, and gradients of its
-    rows and of a tile's weights; or beside its copy in fp32, which is added up.
-    layer: one layer at work in the backward pass: what is computed again, its gradients, gathered keys and values.
-    """
-
-    weights: float
-    masters: float
-    gradients: float
-    moments: float
-    activations: float
-    head: float
-    layer: float
-
-    @property
-    def total(self) -> float:
-        """The peak: the head is done with before the first layer's backward pass begins."""
-        kept = self.weights + self.masters + self.gradients + self.moments + self.activations
-        return kept + max(self.head, self.layer)
-
-
-def memory(
-    shape: Shape, work: Work, settings: Settings, *, head_tile: tuple[int, int] = HEAD_TILE, moment_bytes: int = FP32
-) -> Memory:
-    """The peak of a step. head_tile: rows and vocabulary of a tile.
-
-    A token of a Llama's layer keeps, in the compute dtype, two normed rows before and after their weights (4 x hidden),
-    queries, keys, values and attention's result, and 4 x intermediate; in fp32 both norms' inputs, the reciprocals of
-    their sizes, and a logsumexp of each head. Selective checkpointing keeps what matmuls and attention give, full the
-    input.
-    """
-    size = settings.compute_bytes
-    tokens, rows, kept_keys = (count / settings.micro_batches for count in (work.tokens, work.head_rows, work.keys))
-    queries, keys = (count * shape.head_size for count in (shape.heads, shape.key_heads))
-    everything = size * (4 * shape.hidden + 2 * (queries + keys) + 4 * shape.intermediate)
-    everything += FP32 * (2 * shape.hidden + 2 + shape.heads)
-    a_token = {
-        "none": everything,
-        "selective": size * (3 * shape.hidden + 2 * (queries + keys) + 2 * shape.intermediate) + FP32 * shape.heads,
-        "full": size * shape.hidden,
-    }[settings.checkpointing]
-    again = 0 if settings.checkpointing == "none" else everything
-    ends = 3 * size * shape.hidden + FP32 * shape.hidden  # of the embedding, and of the last norm
-    tiles = (settings.head == "keep") * size * rows * shape.vocab + head_tile[0] * head_tile[1] * (size + FP32)
-    tiles += rows * shape.hidden * (FP32 + size) + (FP32 * head_tile[1] * shape.hidden if size < FP32 else 0)
-    return Memory(
-        weights=float(size * shape.weights),
-        masters=float(FP32 * shape.weights if size < FP32 else 0),
-        gradients=float(FP32 * shape.weights),
-        moments=2.0 * moment_bytes * shape.weights,
-        activations=tokens * (shape.layers * a_token + ends) + size * rows * shape.hidden,
-        head=size * shape.head + max(tiles, FP32 * shape.head if size < FP32 else 0),
-        layer=tokens * (again + size * shape.intermediate) + 4 * size * kept_keys * keys,
     )
 
 

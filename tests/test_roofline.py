@@ -1,11 +1,10 @@
-"""The FLOP, byte and memory model: by hand, beside torch's own counts, and against the published table."""
+"""The FLOP and byte model: by hand, beside torch's own counts, and against the published table."""
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,65 +18,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from benchmarks import scaling_model
-from selm_fast.batch import PackedBatch
-from selm_fast.data.groups import TokenGroup
 from selm_fast.data.packing import pack
-from selm_fast.model import Policy
-from selm_fast.ops import extension, head
 from selm_fast.roofline import (
-    HEAD_TILE,
     GroupLengths,
     Settings,
     Shape,
     Work,
     bound,
     flops,
-    memory,
     traffic,
     useful_flops,
 )
-from selm_fast.training.masters import Masters
+from tests.step_cases import TINY, policy, some_groups, work_of
 
 LLAMA = Shape.from_config(scaling_model.LLAMA_3_8B)
-TINY = {
-    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "tie_word_embeddings": False,
-}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def policy(*, mode: Any = "keep", **changes: Any) -> Policy:
-    torch.manual_seed(0)
-    return Policy(AutoModelForCausalLM.from_config(LlamaConfig(**TINY | changes)), head_mode=mode)
-
-
-def some_groups(count: int, vocab: int = 300) -> list[TokenGroup]:
-    """Distinct responses of 20, 30 and 25 tokens; in every other group the explored is the chosen."""
-    rng = random.Random(0)
-
-    def ids(length: int) -> list[int]:
-        return [rng.randrange(vocab) for _ in range(length)]
-
-    found = [TokenGroup(ids(10), ids(20), ids(30), ids(25)) for _ in range(count)]
-    return [replace(group, explored=list(group.chosen)) if i % 2 else group for i, group in enumerate(found)]
-
-
-def work_of(batches: Sequence[PackedBatch]) -> Work:
-    works = [
-        Work.of_branches(
-            batch.cu_seqlens_q.tolist(),
-            batch.cu_seqlens_k.tolist(),
-            head_rows=batch.targets.shape[0],
-            groups=batch.num_groups,
-        )
-        for batch in batches
-    ]
-    names = ("tokens", "head_rows", "pairs", "keys", "groups")
-    return Work(**{name: sum(getattr(work, name) for work in works) for name in names})
-
-
-def reference_of(batch: PackedBatch) -> torch.Tensor:
-    return torch.full((len(batch.sequence_keys),), -50.0, dtype=torch.float64)
 
 
 def test_the_published_table_comes_out() -> None:
@@ -243,126 +198,6 @@ def test_body_flops_are_what_torch_counts(again: Any) -> None:
     assert counts["aten.mm"] == needed.total - left_out
 
 
-def kept_bytes(layers: int, dtype: torch.dtype, again: str) -> tuple[int, int]:
-    """What a forward pass leaves for the backward pass, weights aside, and the tokens of the batch."""
-    made = policy(num_hidden_layers=layers)
-    made.to(dtype)
-    if again == "full":
-        made.checkpoint_activations()
-    (batch,) = pack(some_groups(3))
-    weights = {weight.untyped_storage().data_ptr() for weight in made.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = made(batch, reference_of(batch), beta=0.1)
-    assert loss.requires_grad
-    sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights]
-    return sum(sizes), batch.tokens.shape[0]
-
-
-@pytest.mark.parametrize("again", ["none", "full"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_keeps_what_the_model_says_to_the_byte(dtype: torch.dtype, again: Any) -> None:
-    (three, tokens), (two, _) = kept_bytes(3, dtype, again), kept_bytes(2, dtype, again)
-    work = Work(tokens=tokens, head_rows=0, pairs=0, keys=0, groups=1)
-    how = Settings(checkpointing=again, compute_bytes=dtype.itemsize)
-    said = [memory(Shape.from_config(TINY | {"num_hidden_layers": layers}), work, how).activations for layers in (3, 2)]
-    assert said[0] - said[1] == three - two
-
-
-def peak_of_a_step(made: Policy, dtype: torch.dtype, batches: Sequence[PackedBatch]) -> int:
-    """Peak bytes of torch's allocator in the second step: what stands before it and what comes on top."""
-    masters = Masters(made.model, dtype)
-    optimizer = torch.optim.AdamW(masters.masters.values(), lr=1e-6)
-
-    def step() -> None:
-        for batch in batches:
-            made(batch, reference_of(batch), beta=0.1)[0].backward()
-        torch.nn.utils.clip_grad_norm_(masters.masters.values(), 1.0)
-        optimizer.step()
-        masters.publish()
-        optimizer.zero_grad()
-
-    step()
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    standing = {tensor.data_ptr(): tensor.nbytes for tensor in (*made.parameters(), *masters.masters.values(), *states)}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events: Any = profile.profiler
-    changes = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = sum(standing.values())
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-CASES = {
-    "activations": ({"num_hidden_layers": 8, "intermediate_size": 256}, "recompute", 12),
-    "logits": ({"vocab_size": 8000}, "keep", 6),
-    "weights": ({"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2000}, "recompute", 2),
-}
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-def peak_to_model(case: str, dtype: torch.dtype, again: Any) -> float:
-    """Measured by said. What is said leaves out copies that a loss, a norm and the optimiser make, and that not all
-    parts peak at once."""
-    changes, mode, count = CASES[case]
-    made = policy(mode=mode, **changes)
-    if again == "full":
-        made.checkpoint_activations()
-    batches = [pack(some_groups(count))[0] for _ in range(2)]
-    peak = peak_of_a_step(made, dtype, batches)
-    how = Settings(checkpointing=again, head=mode, compute_bytes=dtype.itemsize, micro_batches=2)
-    shape = Shape.from_config(TINY | changes)
-    tile = min(head.TILE_ROWS["cpu"], batches[0].targets.shape[0]), min(head.TILE_VOCAB["cpu"], shape.vocab)
-    return peak / memory(shape, work_of(batches), how, head_tile=tile).total
-
-
-@pytest.mark.skipif(torch.version.cuda is not None, reason="a build with CUDA starts its tracing of GPUs, too")
-@pytest.mark.parametrize("again", ["none", "full"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
-def test_the_peak_of_a_step_is_what_the_model_says(case: str, dtype: torch.dtype, again: Any) -> None:
-    if dtype == torch.bfloat16 and not extension.mm_serves(dtype):
-        pytest.skip("without the extension the head's matmuls have copies of their own")
-    assert 0.9 < peak_to_model(case, dtype, again) < 1.05
-
-
-def test_the_tile_is_the_head_s() -> None:
-    assert (head.TILE_ROWS["cuda"], head.TILE_VOCAB["cuda"]) == HEAD_TILE
-
-
-def test_memory_of_an_8b_model_by_hand() -> None:
-    work = Work.of([GroupLengths(223, (345, 345, 345))] * 16)
-    kept = memory(LLAMA, work, Settings(checkpointing="full", head="recompute"))
-    assert kept.weights + kept.masters + kept.moments == 14 * LLAMA.weights
-    assert kept.gradients == 4 * LLAMA.weights
-    assert kept.head == 6 * LLAMA.head  # the newest gradient and its fp32 copy outweigh the tiles
-    assert memory(LLAMA, work, Settings(), moment_bytes=2).moments == 4 * LLAMA.weights
-    assert memory(LLAMA, work, Settings(compute_bytes=4)).masters == 0
-    tiles = 2 * work.head_rows * 128_256 + 6 * (4096 * 6144 + work.head_rows * 4096) + 4 * 6144 * 4096
-    assert memory(LLAMA, work, Settings(head="keep")).head == 2 * LLAMA.head + tiles
-    sizes = [memory(LLAMA, work, Settings(checkpointing=again)).activations for again in ("full", "selective", "none")]
-    assert sizes == sorted(sizes)
-    assert len(set(sizes)) == 3
-    assert kept.total == 18 * LLAMA.weights + kept.activations + max(kept.head, kept.layer)
-    gathered = 4 * 2 * work.keys * 8 * 128  # keys, values and their gradients
-    everything = 2 * (4 * 4096 + 2 * 5120 + 4 * 14336) + 4 * (2 * 4096 + 2 + 32)
-    assert memory(LLAMA, work, Settings()).layer == work.tokens * 2 * 14336 + gathered
-    assert kept.layer == work.tokens * (everything + 2 * 14336) + gathered
-    ends = work.tokens * (3 * 2 + 4) * 4096 + 2 * work.head_rows * 4096
-    outputs = 2 * (3 * 4096 + 2 * 5120 + 2 * 14336) + 4 * 32  # of matmuls and attention
-    assert sizes == [work.tokens * 32 * one + ends for one in (2 * 4096, outputs, everything)]
-    halves = memory(LLAMA, work, Settings(checkpointing="full", head="recompute", micro_batches=2))
-    assert halves.activations == kept.activations / 2
-
-
 def test_bytes_moved_by_hand() -> None:
     shape = Shape.from_config(TINY | {"num_hidden_layers": 1})
     body, vocab = shape.body, shape.head
@@ -426,6 +261,7 @@ def test_every_saving_saves(how: Settings) -> None:
 
 
 def test_it_is_arithmetic_alone() -> None:
-    code = "import sys, selm_fast.roofline; print({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules))"
+    heavy = {"torch", "transformers", "numpy", "pydantic"}
+    code = f"import sys, selm_fast.memory, selm_fast.roofline; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
