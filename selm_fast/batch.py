@@ -31,7 +31,8 @@ class PackedBatch:
     response_rows: Tensor  # (N,) int64, the row whose hidden state predicts targets[i]
     targets: Tensor  # (N,) int64
     cu_responses: Tensor  # (S+1,) int32, response tokens by sequence
-    sequence_keys: tuple[bytes, ...]  # (S,) digest of (prompt ids, response ids): index of the reference cache
+    # (S,) digest of (prompt ids, response ids): index of the reference cache. Of a batch of no groups: ()
+    sequence_keys: tuple[bytes, ...]
     row_ids: tuple[int, ...]  # (G,) dataset rows, for messages
     pairs: Pairs  # sequences of a group are contiguous; no sequence serves two groups
 
@@ -41,10 +42,19 @@ class PackedBatch:
         return len(self.row_ids)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
+        """The same batch on another device; copies from the host to a GPU wait for nothing that the GPU has to do."""
         moved: dict[str, Any] = {
-            field.name: value.to(device)
+            field.name: sent(value, torch.device(device))
             for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), (Tensor, Pairs))
+            if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        roles = (self.pairs.chosen, self.pairs.rejected, self.pairs.explored)
+        chosen, rejected, explored = (sent(role, torch.device(device)) for role in roles)
+        return dataclasses.replace(self, **moved, pairs=Pairs(chosen=chosen, rejected=rejected, explored=explored))
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device; from pageable memory the host would wait for the copy, and for all before it."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)

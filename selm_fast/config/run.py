@@ -60,7 +60,7 @@ class RunConfig(Config):
         None, description="makes model and rows first, in the run's own folder: python:MODULE:FUNCTION"
     )
     processes: PositiveCount | None = Field(
-        None, description="processes of the rollout, rank and cache stages (default: one for each GPU, or one)"
+        None, description="processes of a stage, a GPU each (default: as many as GPUs); on a CPU, training is in one"
     )
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     rank: RankConfig = Field(default_factory=RankConfig)

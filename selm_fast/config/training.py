@@ -33,8 +33,10 @@ class ModelConfig(Section):
         None, description="folder or hub name of the reference model (default: the policy before its first step)"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    activation_checkpointing: Literal["none", "full"] = Field(
-        "none", description="'full' recomputes each layer in the backward pass: less memory, about a third more work"
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="recompute in the backward pass: 'selective' all but matmuls and attention; 'full' each layer, "
+        "least memory, about a third more work",
     )
     compile: bool = Field(False, description="torch.compile each decoder layer; in bf16 on a CPU, from torch 2.13 on")
 
@@ -102,6 +104,9 @@ class OptimConfig(Section):
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the second moment")
     eps: Positive = Field(1e-8, description="added to the root of the second moment")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this global norm")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of AdamW's moments; bfloat16, rounded stochastically, saves 4 bytes a weight"
+    )
 
 
 class CacheConfig(Section):
@@ -147,6 +152,7 @@ class Config(Section):
     head_mode: Literal["auto", "keep", "recompute"] = Field(
         "auto", description="keep the head's logits for the backward pass, or compute them twice"
     )
+    timeout_s: Positive = Field(600.0, description="seconds that a process waits for the others in a step")
     max_bad_steps: PositiveCount = Field(3, description="steps in a row with a non-finite gradient before giving up")
     eval_every: PositiveCount | None = Field(
         None, description="steps between evaluations (always before the first step and after the last)"

@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,10 +68,11 @@ def _row_id(group: TokenGroup, index: int) -> int:
     return index if group.row_id is None else group.row_id
 
 
-def balance(costs: Sequence[int], capacity: int) -> list[list[int]]:
+def balance(costs: Sequence[int], capacity: int, *, multiple_of: int = 1) -> list[list[int]]:
     """Spread items over as few bins as hold them: longest first into the least loaded, ties by index; bins list
     indices in order.
 
+    multiple_of: of which the number of bins is one; bins may then be empty.
     Raises ValueError for an item that fits no bin.
     """
     if costs and max(costs) > capacity:
@@ -83,13 +84,13 @@ def balance(costs: Sequence[int], capacity: int) -> list[list[int]]:
     longest_first = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     # One bin more makes no bin fuller: with loads sorted, the k-th fullest of n + 1 bins is never above that of n. So
     # the fewest that serve can be searched for: by growing steps, then by halves.
-    high = max(1, -(-sum(costs) // capacity))
+    high = max(1, -(-sum(costs) // (capacity * multiple_of)))
     low, step = high - 1, 1
-    while (filled := _fill(costs, longest_first, high, capacity)) is None:
+    while (filled := _fill(costs, longest_first, high * multiple_of, capacity)) is None:
         low, high, step = high, high + step, 2 * step
     while high - low > 1:
         middle = (low + high) // 2
-        fewer = _fill(costs, longest_first, middle, capacity)
+        fewer = _fill(costs, longest_first, middle * multiple_of, capacity)
         if fewer is None:
             low = middle
         else:
@@ -165,6 +166,14 @@ def _pack_one(groups: Sequence[TokenGroup], row_ids: Sequence[int]) -> PackedBat
     )
 
 
+def _dummy(groups: Sequence[TokenGroup]) -> PackedBatch:
+    """A batch of sequences that are of no group: it goes through the model, and its loss and gradients are 0."""
+    shortest = min(groups, key=TokenGroup.num_tokens)
+    none = torch.empty(0, dtype=torch.int64)
+    pairs = Pairs(chosen=none, rejected=none.clone(), explored=none.clone())
+    return replace(_pack_one([shortest], [0]), sequence_keys=(), row_ids=(), pairs=pairs)
+
+
 def _ints(values: Sequence[int]) -> _Ints:
     return np.array(values, dtype=np.int64)
 
@@ -187,23 +196,48 @@ def _tensor(values: npt.NDArray[Any], dtype: npt.DTypeLike = np.int64) -> Tensor
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One epoch: which groups form each optimiser step, and which of them share a micro-batch.
+    """One epoch: which groups form each optimiser step, which of them share a micro-batch, and which rank has it.
 
     The reference pass and the training steps both walk it, so that a sequence meets the same neighbours in both.
-    steps: by step, by micro-batch, indices into `groups`.
+    steps: by step, by micro-batch, indices into `groups`; rank r of `ranks` has every ranks-th of a step, from its r-th
+    on. An empty one, where a rank is short, is packed as `_dummy`, since all ranks must make equally many passes.
     """
 
     groups: Sequence[TokenGroup]
     steps: tuple[tuple[tuple[int, ...], ...], ...]
+    ranks: int = 1
 
-    def batches(self, step: int) -> Iterator[PackedBatch]:
-        """The packed micro-batches of one optimiser step."""
-        for members in self.steps[step]:
-            yield _pack_one([self.groups[i] for i in members], [_row_id(self.groups[i], i) for i in members])
+    def batches(self, step: int, rank: int = 0) -> Iterator[PackedBatch]:
+        """The packed micro-batches of one optimiser step, those of one rank."""
+        for members in self.steps[step][rank :: self.ranks]:
+            yield self._pack(members) if members else _dummy(self.groups)
+
+    def _pack(self, members: Sequence[int]) -> PackedBatch:
+        return _pack_one([self.groups[i] for i in members], [_row_id(self.groups[i], i) for i in members])
+
+    def num_rounds(self, step: int) -> int:
+        """Micro-batches of each rank in one optimiser step."""
+        return len(self.steps[step]) // self.ranks
+
+    def round_groups(self, step: int, nth: int) -> int:
+        """Groups of the `nth` micro-batches of a step, all ranks together."""
+        return sum(map(len, self.steps[step][nth * self.ranks : (nth + 1) * self.ranks]))
+
+    def first_of(self, step: int) -> int:
+        """How many micro-batches, of all ranks, come before a step."""
+        return sum(map(len, self.steps[:step]))
 
     def num_groups(self, step: int) -> int:
         """Groups of one optimiser step: what its summed loss is divided by."""
         return sum(len(members) for members in self.steps[step])
+
+    def num_tokens(self, step: int) -> int:
+        """Packed tokens of one optimiser step."""
+        return sum(self.groups[i].num_tokens() for members in self.steps[step] for i in members)
+
+    def row_ids(self, step: int) -> list[int]:
+        """The dataset rows of one optimiser step."""
+        return [_row_id(self.groups[i], i) for members in self.steps[step] for i in members]
 
     def pack_keys(self) -> list[tuple[bytes, ...]]:
         """The sequence keys of every micro-batch, in order: what `batches` will put in each, without packing."""
@@ -229,10 +263,12 @@ def plan_epoch(
     seed: int,
     epoch: int = 0,
     shuffle: bool = True,
+    ranks: int = 1,
 ) -> Plan:
     """Cut an epoch into optimiser steps and balanced micro-batches; the same arguments give the same plan.
 
     groups_per_step: G of every step but the last, which takes what is left.
+    ranks: that share each step's micro-batches, equally many each; those that run side by side are the most alike.
     Raises ValueError for a group longer than max_tokens.
     """
     for index, group in enumerate(groups):
@@ -247,6 +283,9 @@ def plan_epoch(
     steps = []
     for start in range(0, len(order), groups_per_step):
         members = order[start : start + groups_per_step]
-        bins = balance([groups[i].num_tokens() for i in members], max_tokens)
+        costs = [groups[i].num_tokens() for i in members]
+        bins = balance(costs, max_tokens, multiple_of=ranks)
+        if ranks > 1:
+            bins.sort(key=lambda bin_: -sum(costs[j] for j in bin_))
         steps.append(tuple(tuple(members[j] for j in bin_) for bin_ in bins))
-    return Plan(groups, tuple(steps))
+    return Plan(groups, tuple(steps), ranks)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 
@@ -17,7 +17,7 @@ from selm_fast.batch import PackedBatch
 from selm_fast.errors import Refused
 from selm_fast.model import support
 from selm_fast.model.attention import NAME, packed_kwargs
-from selm_fast.model.fused_layers import fuse
+from selm_fast.model.fused_layers import fuse, unfused
 from selm_fast.ops import attention_backend, fused_preference_loss, linear_logprob, sequence_sum
 
 
@@ -170,6 +170,9 @@ class Policy(nn.Module):
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Log-prob (nats) of every target: (N,) fp32."""
+        return self._token_logps(batch)
+
+    def _token_logps(self, batch: PackedBatch) -> Tensor:
         return linear_logprob(self.hidden_states(batch), self.head.weight, batch.targets, **self._head_settings())
 
     def _head_settings(self) -> dict[str, Any]:
@@ -182,7 +185,20 @@ class Policy(nn.Module):
 
     def sequence_logps(self, batch: PackedBatch) -> Tensor:
         """Log-prob (nats) of every distinct response given its prompt: (S,) fp64."""
-        return sequence_sum(self.token_logps(batch), batch.cu_responses)
+        # Not `token_logps`: where FSDP holds the weights, a public method is a pass of its own and must not be nested.
+        return sequence_sum(self._token_logps(batch), batch.cu_responses)
+
+    def own_logps(self, prompt: list[int], response: list[int]) -> Tensor:
+        """Log-prob (nats) of each response token by the model's own forward, head and eager attention: (n,) fp64."""
+        self.model.set_attn_implementation("eager")
+        try:
+            inputs = torch.tensor([prompt + response], device=self.head.weight.device)
+            with unfused(self.model):
+                logits = self.model(input_ids=inputs, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+        finally:
+            self.model.set_attn_implementation(NAME)
+        targets = inputs[0, len(prompt) :].unsqueeze(1)
+        return logits.log_softmax(-1).gather(1, targets).squeeze(1)  # type: ignore[no-any-return]
 
     def loss(self, batch: PackedBatch, reference_logps: Tensor, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`preference_loss` of a batch; reference_logps (S,) fp64; settings as there."""
@@ -227,24 +243,46 @@ class Policy(nn.Module):
             )
         return layers
 
-    def checkpoint_activations(self) -> None:
-        """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    def checkpoint_activations(self, kind: Literal["selective", "full"] = "full") -> None:
+        """Recompute each decoder layer in the backward pass: all of it, or all but its matmuls and its attention."""
         for layer in self.layers():
-            layer.forward = _checkpointed(layer.forward)
+            layer.forward = _checkpointed(layer.forward, selective=kind == "selective")
 
     def compile_layers(self) -> None:
         """torch.compile each decoder layer, for any number of tokens."""
         for layer in self.layers():
             # By default what is rounded to 16 bits depends on what is kept for a backward pass, and the reference pass,
-            # which keeps nothing, would have other bits.
-            layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+            # which keeps nothing, would have other bits. FSDP's hooks, which are around `forward`, stay uncompiled.
+            layer.forward = torch.compile(layer.forward, dynamic=True, options={"emulate_precision_casts": True})
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` under checkpointing, as a function of ours: torch.compile would not look into a functools.partial."""
+# What selective checkpointing keeps the results of. gated_mlp is three matmuls.
+_KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.selm_fast.shared_prefix_attention.default,
+    torch.ops.selm_fast.gated_mlp.default,
+)
+
+
+def _kept_or_not(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective() -> Any:
+    return create_selective_checkpoint_contexts(_kept_or_not)
+
+
+def _checkpointed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
+    """`forward` under checkpointing, as a function of ours: torch.compile would not look into a functools.partial.
+
+    It lies inside of FSDP's hooks, so that what they cast is not cast once more, or forgotten, when it is recomputed
+    (as in torch 2.11 and 2.12, pytorch issue 159359).
+    """
+    contexts: dict[str, Any] = {"context_fn": _selective} if selective else {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # No layer draws random numbers (dropout is refused), so none need be replayed.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
 
     return run

@@ -15,7 +15,6 @@ from selm_fast import ops
 from selm_fast.config import Config
 from selm_fast.data.tokenizer import Tokenizer
 from selm_fast.model import Policy
-from selm_fast.training.masters import weights_digest
 
 
 def versions() -> dict[str, str]:
@@ -29,14 +28,19 @@ def versions() -> dict[str, str]:
     return found | {"csrc": ops.extension.library() or ""}
 
 
-def cache_identity(config: Config, policy: Policy, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that could change a reference log-prob, by name; what cannot (learning rate, beta) is left out."""
+def cache_identity(
+    config: Config, policy: Policy, weights: str, tokenizer: Tokenizer, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Everything that could change a reference log-prob, by name; what cannot (learning rate, beta) is left out.
+
+    weights: their `weights_digest`.
+    """
     device = policy.head.weight.device
     model_config = policy.model.config.to_dict()
     model_config.pop("_name_or_path", None)  # where the weights lie is not what they say
     on_cpu = device.type == "cpu"
     return {
-        "weights": weights_digest(policy.model),
+        "weights": weights,
         "model_config": hashlib.sha256(json.dumps(model_config, sort_keys=True, default=str).encode()).hexdigest(),
         "tokenizer": tokenizer.digest(),
         "max_length": config.data.max_length,

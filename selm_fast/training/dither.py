@@ -19,32 +19,38 @@ _CHUNK = 1 << 22  # elements at a time: the int64 work space stays at a few tens
 
 
 @torch.no_grad()
-def dither_(master: Tensor, *, seed: int, name: str) -> None:
+def dither_(master: Tensor, *, seed: int, name: str, first: int = 0) -> None:
     """Move each element that sits on the bf16 grid to a fixed pseudo-random place in its cell, in place.
 
-    master: fp32, contiguous. Elements off the grid, zeros, tiny and non-finite ones stay.
+    master: fp32, contiguous; the whole weight, or a shard of it that begins with its `first`-th element. Elements off
+    the grid, zeros, tiny and non-finite ones stay.
     The offset is drawn in units of the fp32 encoding, so at a power of two, where the lower gap is half the upper
     one, the
     lower half of the cell is twice as dense: the expected movement of the copy then equals that of the master.
-    It depends on seed, name and position alone.
+    It depends on seed, name and position alone, however the weight is sharded.
     """
     if master.dtype != torch.float32 or not master.is_contiguous():
         raise ValueError(f"master must be contiguous fp32; got {master.dtype}, strides {master.stride()}")
-    salt = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little", signed=True)
+    salt = salt_of(f"{seed}:{name}")
     bits = master.view(-1).view(torch.int32)
     for start in range(0, bits.numel(), _CHUNK):
         part = bits[start : start + _CHUNK]
         magnitude = part & 0x7FFFFFFF
         movable = ((part & 0xFFFF) == 0) & (magnitude >= _SMALLEST) & (magnitude < _INFINITY)
-        position = torch.arange(start, start + part.numel(), device=part.device)
+        position = torch.arange(first + start, first + start + part.numel(), device=part.device)
         # 16 bits as -32767..32767: one step further is the tie between two grid points.
-        offset = ((_mix(position, salt) & 0xFFFF) - 0x8000).clamp_(min=-0x7FFF).to(torch.int32)
+        offset = ((mix(position, salt) & 0xFFFF) - 0x8000).clamp_(min=-0x7FFF).to(torch.int32)
         part += torch.where(movable, offset, 0)
 
 
-def _mix(position: Tensor, salt: int) -> Tensor:
-    """splitmix64's finaliser over int64, which wraps: a well-spread hash of each position."""
-    x = position * -7046029254386353131 + salt  # 0x9E3779B97F4A7C15, the golden ratio of 2^64
+def salt_of(text: str) -> int:
+    """64 bits, as a signed integer, that stand for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def mix(number: Tensor, salt: int) -> Tensor:
+    """splitmix64's finaliser over int64, which wraps: a well-spread hash of each number."""
+    x = number * -7046029254386353131 + salt  # 0x9E3779B97F4A7C15, the golden ratio of 2^64
     x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
     return x ^ _shift(x, 31)

@@ -29,7 +29,7 @@ def save_assets(folder: Path, model: Any, tokenizer: Any) -> None:
     """Write what an export needs beside the weights, once: model and generation configuration, tokenizer."""
     if folder.exists():
         return
-    with storage.new_folder(folder, manifest=False) as temporary:
+    with storage.new_folder(folder) as temporary:
         model.config.save_pretrained(temporary)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(temporary)
@@ -48,20 +48,20 @@ def export_run(run: Path, out: Path, dtype: str | None = None) -> None:
         raise Refused(f"{run} holds no run: it has no run.json; give the output_dir of selm-fast train")
     if out.exists():
         raise Refused(f"{out} exists and is never overwritten; choose a new folder")
-    masters, step = load_masters(folder)
-    write_model(out, folder.assets, masters, dtype or record["dtype"], record | {"step": step})
+    dtype = dtype or record["dtype"]
+    weights, step = load_masters(folder, DTYPES[dtype])
+    write_model(out, folder.assets, weights, dtype, record | {"step": step})
 
 
-def write_model(out: Path, assets: Path, masters: dict[str, Tensor], dtype: str, record: dict[str, Any]) -> None:
-    """Write a model folder, whole or not at all: weights in `dtype`, configuration, tokenizer, model card."""
+def write_model(out: Path, assets: Path, weights: dict[str, Tensor], dtype: str, record: dict[str, Any]) -> None:
+    """Write a model folder, whole or not at all: weights (in `dtype`), configuration, tokenizer, model card."""
     config = AutoConfig.from_pretrained(assets)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])  # its dtype is what config.json will say
     if (assets / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(assets)
-    with storage.new_folder(out, manifest=False) as temporary:
-        state = {name: tensor.to(DTYPES[dtype]) for name, tensor in masters.items()}
-        model.save_pretrained(temporary, state_dict=state)
+    with storage.new_folder(out) as temporary:
+        model.save_pretrained(temporary, state_dict=weights)
         for path in assets.iterdir():
             if not (temporary / path.name).exists():
                 shutil.copyfile(path, temporary / path.name)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from selm_fast.model import Policy
+from selm_fast.model.sharding import first_row, local, named_shards
 from selm_fast.training.dither import dither_
 
 
 class Masters:
-    """The fp32 weights that the optimiser moves, and the compute weights that follow them.
+    """The fp32 weights that the optimiser moves, and the compute weights that follow them: in one process, unsharded.
 
     In fp32 the model's parameters are the masters. In bf16 the model holds rounded copies; its gradients are added up
     in fp32, over the micro-batches of a step too.
@@ -32,8 +34,7 @@ class Masters:
             parameter.data = parameter.data.to(compute)
             parameter.register_post_accumulate_grad_hook(self._collector(self.masters[name]))
         if dither_seed is not None:
-            for name, master in self.masters.items():
-                dither_(master.data, seed=dither_seed, name=name)
+            spread(self.masters, dither_seed)
 
     @staticmethod
     def _collector(master: nn.Parameter) -> object:
@@ -52,19 +53,24 @@ class Masters:
             for name, master in self.masters.items():
                 self.parameters[name].copy_(master)
 
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Set every master, and the compute weights with them. The names and shapes must be the model's."""
-        assert tensors.keys() == self.masters.keys(), "a checkpoint is checked against its model before it is loaded"
-        for name, master in self.masters.items():
-            master.copy_(tensors[name])
-        self.publish()
+
+class ShardedMasters:
+    """The same under FSDP: the masters are its shards, which it rounds whenever it gathers them."""
+
+    def __init__(self, policy: Policy, compute: torch.dtype) -> None:
+        """policy: sharded, with memory, its weights not gathered."""
+        self.compute = compute
+        self.masters = named_shards(policy.model)
+        self._policy = policy
+
+    def publish(self) -> None:
+        """Let go of what is gathered: the root's weights stay so after a pass without gradients."""
+        self._policy.reshard()  # type: ignore[operator]
 
 
-def weights_digest(model: nn.Module) -> str:
-    """sha256 of the names, dtypes, shapes and bytes of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def spread(masters: Mapping[str, Tensor], seed: int) -> None:
+    """The grid dither of every master, whole or sharded, in place."""
+    for name, master in masters.items():
+        part = local(master.data)
+        columns = part[0].numel() if part.shape[0] else 0
+        dither_(part, seed=seed, name=name, first=first_row(master) * columns)

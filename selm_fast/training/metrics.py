@@ -19,7 +19,7 @@ from selm_fast.training.storage import disk_errors
 _STATUS = Path("/proc/self/status")  # Linux has it
 
 # Metrics that differ between two runs of the same command.
-TIMINGS = ("tokens_per_second", "groups_per_second", "memory_gib", "seconds")
+TIMINGS = ("tokens_per_second", "groups_per_second", "mfu", "memory_gib", "seconds")
 
 
 def mean(parts: Iterable[Tensor]) -> Tensor:
@@ -31,11 +31,6 @@ def mean(parts: Iterable[Tensor]) -> Tensor:
     there = ~values.isnan()
     first = values[there.to(torch.uint8).argmax()]
     return first + torch.where(there, values - first, 0.0).sum() / there.sum()
-
-
-def step_means(parts: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """`mean` of every metric over the micro-batches of a step."""
-    return {name: mean(part[name] for part in parts) for name in parts[0]}
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -12,13 +12,11 @@ import fcntl
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -27,8 +25,10 @@ from selm_fast.data.packing import Plan
 from selm_fast.errors import Refused, RunFailed, Stopped
 from selm_fast.model import Policy
 from selm_fast.training import storage
+from selm_fast.training.cache_shards import Pack, bad_value, read_shard, shard_name, write_shard
 from selm_fast.training.signals import StopFlag
 from selm_fast.training.storage import Damaged
+from selm_fast.training.world import World
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,9 @@ class ReferenceLogps:
 
         The same sequence may occur in two packs of a plan (duplicate rows) with a different last bit: hence the index.
         """
-        if index is not None and self.packs is not None:
+        if batch.num_groups == 0:  # nobody asks for the values of its sequences
+            values = torch.zeros(batch.cu_responses.shape[0] - 1, dtype=torch.float64)
+        elif index is not None and self.packs is not None:
             values = self.packs[index]
             assert values.shape[0] == len(batch.sequence_keys)
         else:
@@ -83,7 +85,7 @@ class ReferenceCache:
             if not same["complete"]:  # a pass that was stopped is gone on with, whatever other plans could give
                 return None
             try:
-                packs = list(self._read_packs(same["shards"]))
+                packs = list(self._read_packs(same))
                 keys, values = (
                     [key for ks, _ in packs for key in ks],
                     [value for _, vs in packs for value in vs.tolist()],
@@ -102,7 +104,7 @@ class ReferenceCache:
         by_key: dict[bytes, float] = {}
         for entry in manifest["passes"].values():
             try:
-                for keys, values in self._read_packs(entry["shards"]):
+                for keys, values in self._read_packs(entry):
                     by_key |= dict(zip(keys, values.tolist(), strict=True))
             except Damaged as damage:
                 log.warning("reference cache: %s; not used", damage)
@@ -127,72 +129,84 @@ class ReferenceCache:
     def add(self, plan: Plan, shards: list[dict[str, str]]) -> None:
         """Enter files that lie in `path` as the complete pass over a plan; they are checked when they are read."""
         manifest = self._manifest()
-        manifest["passes"][plan.digest()] = {"complete": True, "shards": shards}
+        manifest["passes"][plan.digest()] = {"complete": True, "ranks": 1, "shards": shards}
         self._write_manifest(manifest)
 
     def fill(
-        self, plan: Plan, policy: Policy, *, stop: StopFlag, on_batch: Callable[[int], None] = lambda _: None
+        self,
+        plan: Plan,
+        policy: Policy,
+        *,
+        world: World,
+        stop: StopFlag,
+        on_batch: Callable[[int], None] = lambda _: None,
     ) -> ReferenceLogps:
         """Run the reference over a plan, going on where an earlier pass ended; every shard is durable once written.
 
-        on_batch: called with the number of groups of each pack done.
+        Each process runs its rank's packs and writes them into shards of its own.
+        on_batch: called with the number of groups of each round of packs done.
         Raises Stopped after a signal, with what was computed saved.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            return self._fill(plan, policy, stop, on_batch)
+        with self._locked() if world.first else nullcontext(), world.watched("reference pass"):
+            world.meet("reference pass")  # what another run has filled in the meantime is seen by all
+            return self._fill(plan, policy, world, stop, on_batch)
 
-    def _fill(self, plan: Plan, policy: Policy, stop: StopFlag, on_batch: Callable[[int], None]) -> ReferenceLogps:
+    def _fill(
+        self, plan: Plan, policy: Policy, world: World, stop: StopFlag, on_batch: Callable[[int], None]
+    ) -> ReferenceLogps:
         manifest, digest = self._manifest(), plan.digest()
-        entry = manifest["passes"].setdefault(digest, {"complete": False, "shards": []})
+        entry = manifest["passes"].setdefault(digest, {"shards": [], "ranks": plan.ranks})
+        if entry["ranks"] != plan.ranks:  # the same packs, shared out to more processes or fewer
+            entry.update(shards=[], ranks=plan.ranks)
         entry["complete"] = False
-        done, entry["shards"] = self._sound_prefix(entry["shards"], plan.pack_keys())
-        packs: list[tuple[list[bytes], Tensor]] = []
-        device = policy.head.weight.device
-        for index, batch in enumerate(_batches(plan)):
-            if index < len(done):
-                on_batch(batch.num_groups)
+        keys = plan.pack_keys()
+        done, entry["shards"] = self._sound_prefix(entry["shards"], keys, plan.ranks)
+        mine: list[Pack] = []
+        written: list[Pack] = []
+        saved, index = len(done), 0
+        for batch, num_groups in _batches(plan, world.rank):
+            index += plan.ranks
+            if index <= len(done):
+                on_batch(num_groups)
                 continue
             with torch.no_grad():
-                values = policy.sequence_logps(batch.to(device)).cpu()
-            if bad := _bad_value(values):
+                values = policy.sequence_logps(batch.to(world.device)).cpu()[: len(batch.sequence_keys)]
+            if bad := bad_value(values):
                 raise RunFailed(
                     f"the reference model gives rows {list(batch.row_ids)} {bad}; check its weights and dtype"
                 )
-            packs.append((list(batch.sequence_keys), values))
-            on_batch(batch.num_groups)
-            if stop.requested or sum(len(keys) for keys, _ in packs) >= SHARD_SEQUENCES:
-                self._write_shard(manifest, digest, packs)
-                done, packs = done + packs, []
-            if stop.requested:
+            mine.append((list(batch.sequence_keys), values))
+            on_batch(num_groups)
+            stopped = world.any(stop.requested, "reference pass")
+            if stopped or sum(map(len, keys[saved:index])) >= SHARD_SEQUENCES:
+                self._write_shards(manifest, digest, mine, world)
+                saved, written, mine = index, written + mine, []
+            if stopped:
                 raise Stopped(
-                    f"stopped in the reference pass; {len(done)} of {sum(map(len, plan.steps))} packs are saved in "
+                    f"stopped in the reference pass; {saved} of {sum(map(len, plan.steps))} packs are saved in "
                     f"{self.path}"
                 )
-        if packs:
-            self._write_shard(manifest, digest, packs)
+        if mine:
+            self._write_shards(manifest, digest, mine, world)
         entry["complete"] = True
-        self._write_manifest(manifest)
-        everything = done + packs
+        if world.first:
+            self._write_manifest(manifest)
+        world.meet("reference pass")
+        everything = list(self._read_packs(entry)) if world.size > 1 else done + written + mine
         by_key = {key: value for keys, values in everything for key, value in zip(keys, values.tolist(), strict=True)}
         return ReferenceLogps(by_key, [values for _, values in everything])
 
-    def _write_shard(self, manifest: dict[str, Any], digest: str, packs: list[tuple[list[bytes], Tensor]]) -> None:
+    def _write_shards(self, manifest: dict[str, Any], digest: str, packs: list[Pack], world: World) -> None:
+        """A shard of each process, whose names and hashes all of them then know."""
         shards = manifest["passes"][digest]["shards"]
-        keys = torch.frombuffer(bytearray(b"".join(key for ks, _ in packs for key in ks)), dtype=torch.uint8).view(
-            -1, 16
-        )
-        data = safetensors.torch.save(
-            {
-                "keys": keys,
-                "logps": torch.cat([vs for _, vs in packs]),
-                "pack_sizes": torch.tensor([len(ks) for ks, _ in packs]),
-            }
-        )
-        name = f"shard-{digest[:16]}-{len(shards):05d}.safetensors"
-        sha256 = storage.write_atomic(self.path / name, data)
-        shards.append({"file": name, "sha256": sha256})
-        self._write_manifest(manifest)
+        first = len(shards)
+        sha256 = write_shard(self.path, shard_name(digest, first + world.rank), packs)
+        hashes = world.gather(torch.frombuffer(bytearray.fromhex(sha256), dtype=torch.uint8), "reference pass")
+        for rank, found in enumerate(hashes):
+            shards.append({"file": shard_name(digest, first + rank), "sha256": bytes(found.tolist()).hex()})
+        if world.first:
+            self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         storage.write_atomic(self.path / storage.MANIFEST, storage.to_json(manifest | {"sha256": _sha256(manifest)}))
@@ -214,38 +228,31 @@ class ReferenceCache:
             log.warning("reference cache: %s is not the manifest of one; rebuilding", path)
         return {"identity": self.identity, "passes": {}}
 
-    def _read_packs(self, shards: list[dict[str, str]]) -> Iterator[tuple[list[bytes], Tensor]]:
-        for shard in shards:
-            path = self.path / Path(shard["file"]).name
-            try:
-                tensors = safetensors.torch.load(storage.read_checked(path, shard["sha256"]))
-                keys, values, sizes = tensors["keys"], tensors["logps"], tensors["pack_sizes"].tolist()
-            except (KeyError, safetensors.SafetensorError) as error:
-                raise Damaged(f"{path}: not a shard of a reference cache ({error})") from error
-            if sum(sizes) != len(keys) or len(keys) != len(values):
-                raise Damaged(f"{path}: {len(keys)} keys, {len(values)} log-probs, packs of {sum(sizes)} in all")
-            if bad := _bad_value(values):
-                raise Damaged(f"{path} holds {bad}")
-            raw = keys.numpy()
-            start = 0
-            for size in sizes:
-                yield [row.tobytes() for row in raw[start : start + size]], values[start : start + size]
-                start += size
+    def _read_packs(self, entry: dict[str, Any]) -> Iterator[Pack]:
+        """The packs of a pass, in the order of its plan: its ranks took turns, and wrote a shard each at a time."""
+        shards, ranks = entry["shards"], entry.get("ranks", 1)
+        for first in range(0, len(shards), ranks):
+            by_rank = [list(read_shard(self.path, shard)) for shard in shards[first : first + ranks]]
+            if len(by_rank) != ranks or len({len(packs) for packs in by_rank}) != 1:
+                raise Damaged(f"{self.path / storage.MANIFEST}: the shards of its ranks do not go together")
+            for packs in zip(*by_rank, strict=True):
+                yield from packs
 
     def _sound_prefix(
-        self, shards: list[dict[str, str]], keys: list[tuple[bytes, ...]]
-    ) -> tuple[list[tuple[list[bytes], Tensor]], list[dict[str, str]]]:
+        self, shards: list[dict[str, str]], keys: list[tuple[bytes, ...]], ranks: int
+    ) -> tuple[list[Pack], list[dict[str, str]]]:
         """The packs of a pass up to its first damaged shard, and those shards. keys: of the plan's packs, in order."""
-        packs: list[tuple[list[bytes], Tensor]] = []
-        for count, shard in enumerate(shards):
+        packs: list[Pack] = []
+        for first in range(0, len(shards), ranks):
+            together = shards[first : first + ranks]
             try:
-                found = list(self._read_packs([shard]))
+                found = list(self._read_packs({"shards": together, "ranks": ranks}))
                 if [tuple(ks) for ks, _ in found] != keys[len(packs) : len(packs) + len(found)]:
-                    raise Damaged(f"{self.path / Path(shard['file']).name}: its keys are not those of the plan")
+                    raise Damaged(f"{self.path / Path(together[0]['file']).name}: its keys are not those of the plan")
                 packs += found
             except Damaged as damage:
                 log.warning("reference cache: %s; going on from there", damage)
-                return packs, shards[:count]
+                return packs, shards[:first]
         return packs, list(shards)
 
     def differences(self) -> list[str]:
@@ -278,14 +285,11 @@ def _sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(storage.to_json(manifest)).hexdigest()
 
 
-def _batches(plan: Plan) -> Iterator[PackedBatch]:
+def _batches(plan: Plan, rank: int) -> Iterator[tuple[PackedBatch, int]]:
+    """The packs of a rank, and how many groups all ranks have in their packs of the same round."""
     for step in range(len(plan.steps)):
-        yield from plan.batches(step)
-
-
-def _bad_value(values: Tensor) -> str | None:
-    bad = ~torch.isfinite(values) | (values > 0)
-    return f"a log-prob of {values[bad][0].item()}; each must be finite and at most 0" if bad.any() else None
+        for nth, batch in enumerate(plan.batches(step, rank)):
+            yield batch, plan.round_groups(step, nth)
 
 
 def require(cache: ReferenceCache, plans: list[Plan]) -> None:

@@ -10,21 +10,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 
 from selm_fast.errors import RunFailed
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 MANIFEST = "manifest.json"
 CHUNK = 16 * 2**20
-MAX_SHARD = 2**30  # bytes of one tensor file
+MAX_SHARD = 2**29  # bytes of one tensor file; what is made of it in memory, a copy among it, stays within 1 GiB
 
 
 class Damaged(Exception):
@@ -71,6 +69,11 @@ def write_new(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def write_listed(path: Path, data: bytes) -> dict[str, Any]:
+    """Write a new file; -> what a manifest says of it. Raises RunFailed on a full disk."""
+    return {"bytes": len(data), "sha256": write_new(path, data)}
+
+
 def link(source: Path, target: Path) -> None:
     """The same file under another name; a copy where the file system has no links. Raises RunFailed on a full disk."""
     try:
@@ -109,10 +112,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
+def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends well; else it is removed.
-
-    manifest: add a manifest.json with every file's size and sha256.
 
     Raises RunFailed on a full disk; FileExistsError where `final` is there already.
     """
@@ -124,20 +125,22 @@ def new_folder(final: Path, *, manifest: bool = True) -> Iterator[Path]:
         with disk_errors(final):
             temporary.mkdir(parents=True)
             yield temporary
-            paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-            for path in paths:
-                with path.open("rb") as file:
-                    _fsync(file.fileno())
-            if manifest:
-                files = {str(path.relative_to(temporary)): entry(path) for path in paths}
-                write_new(temporary / MANIFEST, to_json({"files": files}))
-            for folder in sorted({path.parent for path in temporary.rglob("*")}):
-                fsync_folder(folder)
-            _rename(temporary, final)
-            fsync_folder(final.parent)
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        _fsync(file.fileno())
+            give_name(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def give_name(temporary: Path, final: Path) -> None:
+    """Make a finished folder, whose files are durable, known under its name."""
+    for folder in sorted({path.parent for path in temporary.rglob("*")}):
+        fsync_folder(folder)
+    _rename(temporary, final)
+    fsync_folder(final.parent)
 
 
 def entry(path: Path) -> dict[str, Any]:
@@ -146,28 +149,33 @@ def entry(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def read_checked_json(folder: Path, name: str) -> Any:
-    """A JSON file of a folder made by `new_folder`, checked against its manifest. Raises Damaged."""
-    hashes = _hashes(folder)
-    if name not in hashes:
-        raise Damaged(f"{folder / MANIFEST}: does not name {name}")
-    return json.loads(read_checked(folder / name, hashes[name]))
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The files of a folder, with the size and the sha256 that each had when it was written."""
 
+    folder: Path
+    files: dict[str, dict[str, Any]]
 
-def check_names(folder: Path, *stems: str) -> None:
-    """Check that a folder's manifest names only files that begin in one of these ways. Raises Damaged."""
-    for name in _hashes(folder):
-        if not name.startswith(stems):
-            raise Damaged(f"{folder / MANIFEST}: names {name}, which does not belong there")
+    @classmethod
+    def of(cls, folder: Path) -> Manifest:
+        """What a folder's manifest.json says. Raises Damaged where it is not, to the byte, as it was written."""
+        path = folder / MANIFEST
+        found = read_json(path)
+        if not isinstance(found, dict) or to_json(found) != path.read_bytes():
+            raise Damaged(f"{path}: not as it was written")
+        files = found.get("files")
+        if not isinstance(files, dict) or any(set(entry) != {"bytes", "sha256"} for entry in files.values()):
+            raise Damaged(f"{path}: not a list of files and their hashes")
+        return cls(folder, files)
 
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a folder made by `new_folder`, by its manifest. Raises Damaged."""
-    manifest = read_json(folder / MANIFEST)
-    try:
-        return {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{folder / MANIFEST}: not a list of files and their hashes") from error
+    def read(self, name: str) -> bytes:
+        """The bytes of one of the files, checked. Raises Damaged."""
+        if name not in self.files:
+            raise Damaged(f"{self.folder / MANIFEST}: does not name {name}")
+        data = read_checked(self.folder / name, self.files[name]["sha256"])
+        if len(data) != self.files[name]["bytes"]:
+            raise Damaged(f"{self.folder / MANIFEST}: the size of {name} is not {len(data)} bytes in it")
+        return data
 
 
 def read_checked(path: Path, sha256: str) -> bytes:
@@ -184,7 +192,7 @@ def read_checked(path: Path, sha256: str) -> bytes:
 
 
 def to_json(value: Any) -> bytes:
-    """JSON with sorted keys; refuses NaN, which JSON does not have."""
+    """JSON with sorted keys, one way to write a value; refuses NaN, which JSON does not have."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
@@ -194,29 +202,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise Damaged(f"{path}: {error}") from error
-
-
-def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as `stem-00001.safetensors`, ... of at most 1 GiB each (or one tensor)."""
-    from safetensors.torch import save  # here, for a report writes files too, and torch takes seconds to import
-
-    shard: dict[str, Tensor] = {}
-    size, number = 0, 1
-    for name, tensor in tensors.items():
-        if shard and size + tensor.nbytes > MAX_SHARD:
-            write_new(folder / f"{stem}-{number:05d}.safetensors", save(shard))
-            shard, size, number = {}, 0, number + 1
-        shard[name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    write_new(folder / f"{stem}-{number:05d}.safetensors", save(shard))
-
-
-def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of `write_tensors`, each file checked against the folder's manifest. Raises Damaged."""
-    from safetensors.torch import load
-
-    tensors: dict[str, Tensor] = {}
-    for name, sha256 in sorted(_hashes(folder).items()):
-        if name.startswith(f"{stem}-"):
-            tensors |= load(read_checked(folder / name, sha256))
-    return tensors
