@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
+
+from selm_fast.cli.finding import Finding, one_line
 
 # The floors of pyproject.toml (a test compares them): the package may be run from a tree that was never installed.
 REQUIRED = {
@@ -36,17 +37,6 @@ OPTIONAL = {
 }
 PYTHON_FLOOR = "3.11"
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report; a problem means that this machine cannot train."""
-
-    topic: str
-    name: str
-    found: str
-    state: Literal["ok", "note", "problem"] = "ok"
-    remark: str = ""
 
 
 def doctor() -> int:
@@ -111,7 +101,7 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:  # a broken installation raises OSError for a missing library, among others
-        yield Finding("devices", "torch", "cannot be imported", "problem", _one_line(error))
+        yield Finding("devices", "torch", "cannot be imported", "problem", one_line(error))
         return
     yield Finding("devices", "cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     driver = _driver()
@@ -123,7 +113,11 @@ def _torch() -> Iterator[Finding]:
             yield Finding("devices", "gpu", "none", "note", "training runs on the CPU")
     for index in range(torch.cuda.device_count()):
         yield _gpu(index, driver)
-    yield from _backends("cuda" if torch.cuda.is_available() else "cpu")
+    from selm_fast.cli import tryouts
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield from tryouts.collectives(torch.cuda.device_count())
+    yield from _backends(device)
 
 
 def _gpu(index: int, driver: str) -> Finding:
@@ -135,7 +129,7 @@ def _gpu(index: int, driver: str) -> Finding:
         ones = torch.ones(16, 16, device=f"cuda:{index}", dtype=torch.bfloat16)
         right = bool((ones @ ones == 16).all())
     except RuntimeError as error:
-        return Finding("devices", f"cuda:{index}", "does not compute", "problem", _one_line(error))
+        return Finding("devices", f"cuda:{index}", "does not compute", "problem", one_line(error))
     found = (
         f"{device.name}, capability {device.major}.{device.minor}, "
         f"{total / GIB:.1f} GiB, {free / GIB:.1f} GiB unused, CUDA {torch.version.cuda}, driver {driver or 'unknown'}"
@@ -161,12 +155,13 @@ def _driver() -> str:
 
 def _backends(device: str) -> Iterator[Finding]:
     try:
+        from selm_fast.cli import tryouts
         from selm_fast.ops import backends, extension
 
         chosen = backends(device)
         built, status = extension.available(), extension.status()
     except Exception as error:
-        yield Finding("back ends", "selm_fast.ops", "cannot be used", "problem", _one_line(error))
+        yield Finding("back ends", "selm_fast.ops", "cannot be used", "problem", one_line(error))
         return
     for op, backend in chosen.items():
         yield Finding("back ends", op, backend)
@@ -175,10 +170,7 @@ def _backends(device: str) -> Iterator[Finding]:
     else:
         remark = f"{status}; its absence costs speed, and exactness in bf16"
         yield Finding("back ends", "extension csrc", "absent", "note", remark)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    yield from tryouts.attention(device)
 
 
 def _print(findings: list[Finding]) -> None:

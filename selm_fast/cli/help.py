@@ -5,20 +5,32 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from selm_fast.cli.estimate import OPTIONS
 from selm_fast.cli.run import SWITCHES, UNTIL
 from selm_fast.cli.schema import Setting, sections, settings
 from selm_fast.cli.shipped import shipped
+from selm_fast.cli.train import NPROC
 from selm_fast.config import PER_ITERATION, Config, RunConfig
 
 _ORDER = "Flags win over the recipe, the recipe over the defaults; `none` unsets what may be left out."
 
 
 def recipe_help(prog: str, summary: str) -> str:
-    """Usage of `train` and `validate`, and a flag for every setting with its description, default and choices."""
+    """Usage of `validate`, and a flag for every setting with its description, default and choices."""
     parser = argparse.ArgumentParser(
         prog=prog, usage=f"{prog} [RECIPE] [--SETTING VALUE ...]", description=f"{summary} {_ORDER}"
     )
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file of settings")
+    _add_settings(parser, Config)
+    return parser.format_help()
+
+
+def train_help(prog: str, summary: str) -> str:
+    """Usage of `train`, and a flag for every setting with its description, default and choices."""
+    usage = f"{prog} [RECIPE] [--{NPROC.name} N] [--SETTING VALUE ...]"
+    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=f"{summary} {_ORDER}")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file of settings")
+    parser.add_argument(f"--{NPROC.name}", metavar=NPROC.metavar, help=NPROC.description)
     _add_settings(parser, Config)
     return parser.format_help()
 
@@ -38,6 +50,20 @@ def run_help(prog: str, summary: str) -> str:
         metavar="VALUE",
         help=f"in iteration N, as in --iteration.2.optim.lr 3e-7; what may differ: {', '.join(PER_ITERATION)}",
     )
+    return parser.format_help()
+
+
+def estimate_help(prog: str, summary: str) -> str:
+    """Usage of `estimate`, its own options, and a flag for every setting of a training run."""
+    own = " ".join(f"[--{name} {option.metavar}]" for name, option in OPTIONS.items())
+    parser = argparse.ArgumentParser(
+        prog=prog, usage=f"{prog} [RECIPE] {own} [--SETTING VALUE ...]", description=f"{summary} {_ORDER}"
+    )
+    about = f"YAML file of settings, of train or of run, or one of {', '.join(shipped())}"
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help=about)
+    for name, option in OPTIONS.items():
+        parser.add_argument(f"--{name}", metavar=option.metavar, help=option.description.replace("%", "%%"))
+    _add_settings(parser, Config)
     return parser.format_help()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +27,16 @@ class _Parser(argparse.ArgumentParser):
 
 def entry() -> NoReturn:
     """Runs the command line of this process and exits with its code."""
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if "RANK" in os.environ:
+        # One of several. Once one has failed, the launcher ends the others: the first may have something to say yet.
+        if code and os.environ["RANK"] != "0":
+            time.sleep(1.0)
+        # Gloo's threads may abort a process that ends in the usual way.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,10 +44,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _dispatch(list(argv))
     except (Refused, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say("error", error)
         return error.exit_code
     except Stopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        _say("stopped", stop)
         return stop.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -44,6 +55,15 @@ def main(argv: Sequence[str]) -> int:
     except Exception:
         traceback.print_exc()
         return RunFailed.exit_code
+
+
+def _say(how: str, error: Exception) -> None:
+    """Why the command ends; of several processes the first speaks for all where all have the same reason."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"{how}: {error}", file=sys.stderr)
+    elif isinstance(error, RunFailed):
+        print(f"{how} (rank {rank}): {error}", file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -107,12 +127,21 @@ def _run(arguments: list[str], prog: str, summary: str) -> int:
 
 
 def _train(arguments: list[str], prog: str, summary: str) -> int:
-    config = _config(arguments, prog, summary)
-    if config is not None:
-        from selm_fast.training.run_train import train
+    from selm_fast.cli.help import train_help
+    from selm_fast.cli.train import train_arguments
 
-        _quiet_transformers()
-        train(config)
+    if _asks_for_help(arguments):
+        print(train_help(prog, summary), end="")
+        return 0
+    asked = train_arguments(arguments)
+    if asked.nproc is not None:
+        from selm_fast.cli.launch import launch
+
+        return launch(asked.config, asked.nproc, asked.rest)
+    from selm_fast.training.run_train import train
+
+    _quiet_transformers()
+    train(asked.config)
     return 0
 
 
@@ -122,6 +151,20 @@ def _validate(arguments: list[str], prog: str, summary: str) -> int:
         from selm_fast.cli.validate import validate
 
         validate(config)
+    return 0
+
+
+def _estimate(arguments: list[str], prog: str, summary: str) -> int:
+    if _asks_for_help(arguments):
+        from selm_fast.cli.help import estimate_help
+
+        print(estimate_help(prog, summary), end="")
+        return 0
+    from selm_fast.cli.estimate import estimate, estimate_arguments
+
+    asked = estimate_arguments(arguments)
+    _quiet_transformers()
+    estimate(asked)
     return 0
 
 
@@ -193,6 +236,10 @@ _COMMANDS: dict[str, tuple[Callable[[list[str], str, str], int], str]] = {
     "run": (_run, "Run a whole recipe: iterations of rollout, rank, cache and train."),
     "train": (_train, "Train a model on ranked rows."),
     "validate": (_validate, "Check settings and data without training."),
+    "estimate": (
+        _estimate,
+        "Tell the memory and hours that training would take.",
+    ),
     "doctor": (_doctor, "Tell what this machine has and whether it can train."),
     "report": (_report, "Write a page about one run, or about several side by side."),
     "export": (_export, "Write the model of a run as a Hugging Face folder."),

@@ -72,8 +72,8 @@ def split_arguments(
             if name in given:
                 raise Refused(f"--{name} is given twice")
             option = options[name]
-            if option is not None and text not in option.choices:
-                raise Refused(_out_of_place(option, text, "command line"))
+            if option is not None and not _allowed(option, text):
+                raise Refused(_out_of_place(option, option.parse(text), "command line"))
             given[name] = text
         else:
             flags.append(f"--{name}={text}")
@@ -147,6 +147,10 @@ def _split(
             if not text or (not equals and text.startswith("--")):
                 raise Refused(f"--{name} needs a value: {setting.expected}")
         yield name, text
+
+
+def _allowed(option: Setting, text: str) -> bool:
+    return text in option.choices if option.choices else option.takes(option.parse(text))
 
 
 def _nested(name: str) -> str:

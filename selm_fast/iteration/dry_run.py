@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -30,7 +30,10 @@ def describe_plan(paths: Paths, statuses: Sequence[Status], display: Display) ->
     if config.ranker is None:
         display.say("ranker is not set; a run needs one: --ranker python:MODULE:FUNCTION")
     found = estimate(paths)
-    devices = config.processes or _num_gpus(config.device)
+    gpus = _num_gpus(config.device)
+    processes = config.processes or gpus
+    # Training shares out the weights, which takes a GPU for each process.
+    devices = dict.fromkeys(PARALLEL, processes) | {"train": min(processes, gpus)}
     if found.num_prompts:
         display.say(
             f"{found.num_prompts:,} prompts in {num_portions(config)} portions, {found.num_held_out:,} held out; "
@@ -49,14 +52,16 @@ def describe_plan(paths: Paths, statuses: Sequence[Status], display: Display) ->
         _sums(found, statuses, paths, devices, display)
 
 
-def _sums(found: Estimate, statuses: Sequence[Status], paths: Paths, devices: int, display: Display) -> None:
+def _sums(
+    found: Estimate, statuses: Sequence[Status], paths: Paths, devices: Mapping[str, int], display: Display
+) -> None:
     left, peak, seconds = 0.0, 0.0, 0.0
     for status in statuses:
         cost = found.of(status.stage)
         peak = max(peak, left + (cost.peak or 0.0))
         left += cost.left or 0.0
         if status.state != "done":
-            seconds += (cost.seconds or 0.0) / (devices if status.stage.name in PARALLEL else 1)
+            seconds += (cost.seconds or 0.0) / devices.get(status.stage.name, 1)
     if found.model is None:
         display.say(
             f"disk without models: {show_size(left)}. The size of the model is not known before it is there, and so "
@@ -73,7 +78,7 @@ def _sums(found: Estimate, statuses: Sequence[Status], paths: Paths, devices: in
     )
     assert found.speed is not None
     display.say(
-        f"time: {show_duration(seconds)} to go on {devices} x {found.speed.name}, ranker not counted: "
+        f"time: {show_duration(seconds)} to go on {max(devices.values())} x {found.speed.name}, ranker not counted: "
         f"{found.model.weights / 1e9:.3g}B weights at {UTILISATION:.0%} of the {found.speed.flops / 1e12:.3g} "
         f"TFLOP/s and {BANDWIDTH_SHARE:.0%} of the {found.speed.bandwidth / 1e9:.3g} GB/s measured just now"
     )

@@ -6,7 +6,7 @@ at a stated utilisation; decoding is bound by reading the weights once a token. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,9 @@ from selm_fast.data.sources import count_rows
 from selm_fast.errors import Refused
 from selm_fast.iteration.facts import CHARACTERS_A_TOKEN, Lengths, Model, Speed, device_speed, mean_lengths, model_size
 from selm_fast.iteration.paths import Paths
-from selm_fast.iteration.plan import PARALLEL, Stage, num_portions
+from selm_fast.iteration.plan import Stage, num_portions
 from selm_fast.roofline import HeadMode, Settings, Work, flops
+from selm_fast.training.room import head_mode
 
 UTILISATION: Final = 0.4  # share of a bare matmul's speed that forward and backward passes reach
 BANDWIDTH_SHARE: Final = 0.5  # share of a bare copy's speed at which decoding reads the weights
@@ -117,7 +118,8 @@ class Estimate:
         seconds = self._seconds(flops(self.model.shape, work, settings).total)
         export = self.model.weights * self.model.compute_bytes
         # fp32 masters and two moments; one checkpoint is written while the others are still there.
-        checkpoints = (at.checkpoint.keep + 1) * 12 * self.model.weights
+        moments = 2 if at.optim.moments == "bfloat16" else 4
+        checkpoints = (at.checkpoint.keep + 1) * (4 + 2 * moments) * self.model.weights
         return Cost(what, export + 4 * self.model.weights, export + checkpoints, seconds)
 
     def _evaluate(self, stage: Stage, at: RunConfig) -> Cost:
@@ -128,14 +130,9 @@ class Estimate:
 
     def _head_mode(self, work: Work, at: RunConfig) -> HeadMode:
         """What `auto` comes to in a full micro-batch."""
-        from selm_fast.ops.head import KEEP_BUDGET_BYTES
-
-        if at.head_mode != "auto":
-            return at.head_mode
         assert self.model is not None
         rows = work.head_rows / work.tokens * min(at.batch.max_tokens, at.batch.groups * work.tokens / work.groups)
-        fits = rows * self.model.shape.vocab * self.model.compute_bytes <= KEEP_BUDGET_BYTES
-        return "keep" if fits else "recompute"
+        return head_mode(at, self.model.shape, rows, self.model.compute_bytes)
 
     def _forward(self, work: Work) -> float:
         """FLOPs of a forward pass."""
@@ -175,17 +172,15 @@ def estimate(paths: Paths) -> Estimate:
     limit = config.evaluation.prompts
     model = model_size(paths)
     speed = device_speed(config) if model is not None else None
-    return Estimate(
-        config, num_prompts, min(held_out, limit) if limit else held_out, mean_lengths(paths, num_prompts), model, speed
-    )
+    lengths = mean_lengths(paths.train_rows, num_prompts, paths.tokenizer)
+    return Estimate(config, num_prompts, min(held_out, limit) if limit else held_out, lengths, model, speed)
 
 
-def describe(found: Estimate, states: list[tuple[Stage, str]], num_devices: int) -> Iterator[tuple[str, ...]]:
-    """A line for each stage: title, state, what it does, disk, time."""
+def describe(found: Estimate, states: list[tuple[Stage, str]], devices: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
+    """A line for each stage: title, state, what it does, disk, time. devices: of stages that have more than one."""
     for stage, state in states:
         cost = found.of(stage)
-        devices = num_devices if stage.name in PARALLEL else 1
-        seconds = None if cost.seconds is None else cost.seconds / devices
+        seconds = None if cost.seconds is None else cost.seconds / devices.get(stage.name, 1)
         yield stage.title, state, cost.what, show_size(cost.left), show_duration(seconds)
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from transformers.utils.hub import cached_file
 
-from selm_fast.config import RunConfig
+from selm_fast.config import Config
 from selm_fast.data.sources import read_rows
 from selm_fast.data.tokenizer import load_tokenizer
 from selm_fast.errors import Refused
 from selm_fast.iteration.paths import Paths
-from selm_fast.roofline import CONFIG_NAMES, Shape
+from selm_fast.model.shape import shape_of
+from selm_fast.roofline import Shape
 
 CHARACTERS_A_TOKEN: Final = 4.0  # of English under common tokenizers, where no tokenizer is at hand
 _SAMPLE_ROWS: Final = 512
@@ -23,10 +23,14 @@ _SAMPLE_ROWS: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Mean tokens of the rows: prompt, and offline response (0 where there are none)."""
+    """Mean tokens of the rows: prompt, and offline response (0 where there are none).
+
+    responses: distinct ones of a row with `reference_response` (0 where rows have none).
+    """
 
     prompt: float
     response: float
+    responses: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +55,31 @@ class Speed:
     bandwidth: float
 
 
-def mean_lengths(paths: Paths, num_rows: int) -> Lengths:
+def mean_lengths(rows: str, num_rows: int, tokenizer: str | None) -> Lengths:
     """Mean tokens of a sample of rows, by the tokenizer or, where it is not at hand, by their characters."""
     every = max(1, num_rows // _SAMPLE_ROWS)
-    sample = [row for _, row in islice(read_rows(paths.train_rows), 0, None, every)]
+    sample = [row for _, row in islice(read_rows(rows), 0, None, every)]
     prompts = [_text(row.get("prompt")) or _context(row.get("chosen")) for row in sample]
-    responses = [_last(row[name]) for row in sample for name in ("chosen", "rejected") if row.get(name) is not None]
-    return Lengths(_mean_tokens(prompts, paths), _mean_tokens(responses, paths))
+    pairs = [[_last(row[name]) for name in ("chosen", "rejected") if row.get(name) is not None] for row in sample]
+    explored = [_last(row.get("reference_response") or "") for row in sample]
+    responses = [response for pair in pairs for response in pair]
+    folder = None if tokenizer is None else on_disk(tokenizer)
+    distinct = sum(len({*pair, *([one] if one else [])}) for pair, one in zip(pairs, explored, strict=True))
+    return Lengths(
+        _mean_tokens(prompts, folder), _mean_tokens(responses, folder), distinct / len(sample) if any(explored) else 0.0
+    )
 
 
-def _mean_tokens(texts: list[str], paths: Paths) -> float:
+def _mean_tokens(texts: list[str], tokenizer: Path | None) -> float:
     if not texts:
         return 0.0
-    folder = _on_disk(paths.tokenizer)
-    if folder is None:
+    if tokenizer is None:
         return sum(map(len, texts)) / len(texts) / CHARACTERS_A_TOKEN
-    ids = load_tokenizer(str(folder)).encode([text.encode("utf-8", "replace").decode() for text in texts])
+    ids = load_tokenizer(str(tokenizer)).encode([text.encode("utf-8", "replace").decode() for text in texts])
     return sum(map(len, ids)) / len(texts)
 
 
-def _on_disk(source: str) -> Path | None:
+def on_disk(source: str) -> Path | None:
     """Folder of a model or tokenizer, or of the hub's copy on this disk; an estimate asks no network for one."""
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -102,55 +111,27 @@ def model_size(paths: Paths) -> Model | None:
 
     from selm_fast.training.machine import choose_device
 
-    folder = _on_disk(paths.start if paths.config.prepare else str(paths.config.model.assets))
+    folder = on_disk(paths.start if paths.config.prepare else str(paths.config.model.assets))
     if folder is None:
         return None
     try:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found)
-        shape = _shape(found.get_text_config(), model)
+        shape = shape_of(model)
     except (OSError, ValueError) as error:
         raise Refused(f"model.path {folder} has no configuration of a causal language model: {error}") from error
     _, dtype = choose_device(paths.config)
     return Model(shape, dtype.itemsize)
 
 
-def _shape(config: Any, model: Any) -> Shape:
-    """A model's sizes, its parameters counted: not every architecture has those that its configuration suggests."""
-    import torch
-
-    # Asked one by one: an architecture may have other names for them. Where it says nothing, an MLP is 4 x hidden wide.
-    sizes = {name: getattr(config, name, None) for name in CONFIG_NAMES}
-    sizes["intermediate_size"] = sizes["intermediate_size"] or 4 * (sizes["hidden_size"] or 0)
-    tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
-    tables.add(id(model.get_output_embeddings().weight))
-    body = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1 and id(weight) not in tables)
-    return replace(Shape.from_config(sizes), body=body, weights=sum(weight.numel() for weight in model.parameters()))
-
-
-def device_speed(config: RunConfig) -> Speed:
+def device_speed(config: Config) -> Speed:
     """Speed of a matmul and of a copy on the device that would train, in its compute dtype."""
     import torch
 
-    from selm_fast.training.machine import choose_device
+    from selm_fast.training.machine import best_seconds, choose_device, matmul_flops
 
     device, dtype = choose_device(config)
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     data = torch.empty(2**30 if device.type == "cuda" else 2**27, device=device, dtype=torch.uint8)
-
-    def seconds(work: Any) -> float:
-        best = float("inf")
-        for _ in range(3):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - began)
-        return best
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return Speed(name, 2 * size**3 / seconds(lambda: a @ b), 2 * data.nbytes / seconds(data.clone))
+    return Speed(name, matmul_flops(device, dtype), 2 * data.nbytes / best_seconds(data.clone, device))

@@ -24,6 +24,7 @@ class Job:
     """A stage, or one process's part of it.
 
     config: the settings of this iteration.  index, count: which of how many processes this is.
+    ranks: processes that train together, which the packs of the cache stage depend on.
     """
 
     paths: Paths
@@ -33,6 +34,7 @@ class Job:
     stop: StopFlag
     index: int = 0
     count: int = 1
+    ranks: int = 1
 
     @property
     def folder(self) -> Path:

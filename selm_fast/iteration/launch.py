@@ -74,15 +74,29 @@ class Processes:
         self._worker.stdout.close()
 
     def parts(self, stage: Stage) -> int:
-        """One process for each GPU or as `processes` says, for stages whose work can be shared."""
+        """One process for each GPU or as `processes` says, for stages whose work can be shared.
+
+        Training shares out the weights and not the work alone, which on a CPU does not pay: there it is one.
+        """
+        if stage.name == "train":
+            return self._ranks()
         if stage.name not in PARALLEL:
             return 1
-        if self._paths.config.processes is not None:
-            return self._paths.config.processes
+        return self._paths.config.processes or max(1, self._usable_gpus())
+
+    def _ranks(self) -> int:
+        """Processes that train together."""
+        gpus = self._usable_gpus()
+        return max(1, min(gpus, self._paths.config.processes or gpus))
+
+    def _usable_gpus(self) -> int:
+        """GPUs that the settings let a run use."""
+        if self._paths.config.device == "cpu":
+            return 0
         events = self._events()
         while self._gpus is None:
             next(events)
-        return max(1, self._gpus) if self._paths.config.device != "cpu" else 1
+        return self._gpus
 
     def run(self, stage: Stage, *, seconds: float | None) -> None:
         """As `Launcher.run`; each process that fails tells its reason, and the log what came before it."""
@@ -95,6 +109,7 @@ class Processes:
             "log": str(log),
             "count": of if seconds is None else 1,
             "of": of,
+            "ranks": self._ranks(),
             "seconds": seconds,
         }
         assert self._worker is not None and self._worker.stdin is not None

@@ -181,7 +181,7 @@ def _close(paths: Paths, record: dict[str, Any], display: Display) -> None:
     if not storage.read_json(paths.record)["done"] or not paths.model.exists():
         shutil.rmtree(paths.model, ignore_errors=True)
         paths.report.unlink(missing_ok=True)
-        with storage.new_folder(paths.model, manifest=False) as temporary:
+        with storage.new_folder(paths.model) as temporary:
             for path in Path(paths.iterate(paths.config.iterations)).iterdir():
                 storage.link(path, temporary / path.name)
         storage.write_atomic(paths.record, storage.to_json(record | {"done": True}))

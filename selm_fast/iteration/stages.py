@@ -16,8 +16,10 @@ from selm_fast.iteration.job import Job, check_files, write_manifest
 from selm_fast.iteration.rank import finish_rank, rank
 from selm_fast.iteration.rollout import finish_rollout, rollout
 from selm_fast.training.final import keep_masters
+from selm_fast.training.progress import Display
 from selm_fast.training.run_folder import RunFolder
 from selm_fast.training.run_train import Run
+from selm_fast.training.world import is_first
 
 
 def do_part(job: Job) -> None:
@@ -57,11 +59,11 @@ def _finish_prepare(job: Job) -> dict[str, Any]:
 
 
 def _cache(job: Job) -> None:
-    _run(job).fill_cache(job.index, job.count)
+    _run(job).fill_cache(job.index, job.count, job.ranks)
 
 
 def _finish_cache(job: Job) -> dict[str, Any]:
-    _run(job).join_cache(job.count)
+    _run(job).join_cache(job.count, job.ranks)
     shutil.rmtree(job.folder / "parts", ignore_errors=True)  # of an attempt by more processes
     shards = list(job.folder.rglob("shard-*.safetensors"))
     return {"shards": len(shards), "bytes": sum(path.stat().st_size for path in shards)}
@@ -89,7 +91,9 @@ def _finish_train(job: Job) -> dict[str, Any]:
 
 def _run(job: Job) -> Run:
     check_files(job.paths.stage(job.stage.iteration, "rank"))
-    return Run(job.paths.train_config(job.stage.iteration), job.display, job.stop)
+    # Of processes that train together one speaks for all.
+    display = job.display if is_first() else Display(quiet=True)
+    return Run(job.paths.train_config(job.stage.iteration), display, job.stop)
 
 
 _Part = Callable[[Job], None]

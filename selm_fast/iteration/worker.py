@@ -14,6 +14,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def _serve(request: dict[str, Any], events: int, woken: int) -> None:
     """Fork every part of a stage and wait for them; where one fails, the others are asked to stop."""
     pids = {}
     worker = os.getpid()
+    request["port"] = _free_port()
     for index in range(request["count"]):
         pid = os.fork()
         if pid == 0:
@@ -85,7 +87,9 @@ def _child(request: dict[str, Any], index: int, events: int, worker: int) -> NoR
         with open(request["log"], "ab") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        if request["count"] > 1:
+        if request["count"] > 1 and request["stage"]["stage"] == "train":
+            _take_rank(index, request["count"], request["port"])
+        elif request["count"] > 1:
             _take_gpu(index, request["gpus"])
         code = _work(request, index, events)
     except BaseException:
@@ -113,7 +117,8 @@ def _work(request: dict[str, Any], index: int, events: int) -> int:
         with StopFlag() as stop:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
             display = relay(events, index)
-            job = Job(Paths(config), stage, stage.settings_of(config), display, stop, index, request["of"])
+            settings = stage.settings_of(config)
+            job = Job(Paths(config), stage, settings, display, stop, index, request["of"], request["ranks"])
             if request["seconds"] is None:
                 do_part(job)
             else:
@@ -179,6 +184,20 @@ def _take_gpu(index: int, gpus: int) -> None:
     there = [str(number) for number in range(gpus)] if visible is None else visible.split(",")[:gpus]
     if there:
         os.environ["CUDA_VISIBLE_DEVICES"] = there[index % len(there)]
+
+
+def _take_rank(index: int, count: int, port: int) -> None:
+    """Make this process one of those that train together, as torch's launcher would."""
+    own = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _quiet_transformers() -> None:

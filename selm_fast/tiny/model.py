@@ -54,7 +54,7 @@ def prepare(folder: Path, seed: int) -> None:
     model = _make_model(tokenizer, seed)
     with _one_thread():
         _fit(model, tokenizer, rng, kept_back=set(held_out))
-    with storage.new_folder(folder / "model", manifest=False) as temporary:
+    with storage.new_folder(folder / "model") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
