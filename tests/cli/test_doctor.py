@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import selm_fast.ops
-from selm_fast.cli import doctor
+from selm_fast.cli import doctor, tryouts
 from selm_fast.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(doctor, "version", pretended)
 
     return put
+
+
+@pytest.fixture(autouse=True)
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Collectives that work, without processes of their own; gives what was tried."""
+    calls: list[tuple[str, str]] = []
+    monkeypatch.setattr(tryouts, "loop_back", lambda *one: calls.append(one))
+    return calls
 
 
 def row(out: str, name: str) -> list[str]:
@@ -151,3 +159,79 @@ def test_every_direct_dependency_is_pinned_at_or_above_its_floor() -> None:
     pinned = requirements((ROOT / "constraints.txt").read_text().splitlines())
     for name, floor in requirements(lines).items():
         assert doctor._numbers(pinned[name]) >= doctor._numbers(floor), name
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(doctor, "_gpu", lambda index, driver: doctor.Finding("devices", f"cuda:{index}", "a GPU"))
+
+
+def test_collectives_are_tried_on_the_cpu_and_on_every_gpu(monkeypatch, tried, capsys) -> None:
+    import torch
+
+    pretend_gpus(monkeypatch, 2)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert sorted(tried) == [("gloo", "cpu"), ("nccl", "cuda:0"), ("nccl", "cuda:1")]
+    assert row(out, "nccl")[2:] == ["2.27.5", "ok"]
+    assert row(out, "nccl cuda:1")[2:] == ["works", "ok"]
+
+
+def test_a_collective_that_fails_stands_in_the_way_of_gpus_alone(monkeypatch, capsys) -> None:
+    import torch
+
+    monkeypatch.setattr(tryouts, "loop_back", lambda backend, device: f"{backend} hung for 90 s")
+    assert main(["doctor"]) == 0
+    found = row(capsys.readouterr().out, "gloo cpu")
+    assert found[2:] == ["fails", "note", "gloo hung for 90 s; one process trains without it"]
+    pretend_gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    assert main(["doctor"]) == 1
+    assert row(capsys.readouterr().out, "nccl cuda:0")[2:] == ["fails", "problem", "nccl hung for 90 s"]
+
+
+def test_a_torch_without_nccl_is_a_problem_where_there_are_gpus(monkeypatch, capsys) -> None:
+    import torch
+
+    def missing() -> None:
+        raise AttributeError("no nccl")
+
+    pretend_gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda.nccl, "version", missing)
+    assert main(["doctor"]) == 1
+    assert row(capsys.readouterr().out, "nccl")[2:4] == ["not in this torch", "problem"]
+
+
+def test_back_ends_of_attention_tell_why_or_how_they_serve(monkeypatch, capsys) -> None:
+    from selm_fast.ops import attention_choice
+
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert row(out, "varlen, fp32, bf16")[2:] == ["cannot serve", "ok", "needs an NVIDIA GPU; the tensors are on cpu"]
+    assert row(out, "torch, fp32, bf16")[2:4] == ["serves", "ok"]
+    assert row(out, "flash_cpu, fp32, bf16")[2:4] == ["passes its self-test", "ok"]
+
+    def broken(name: str, case: attention_choice.Case) -> str | None:
+        return "error of the dq is 0.5 of its size" if case.dtype.itemsize == 2 else None
+
+    monkeypatch.setattr(attention_choice, "failure", broken)
+    assert [finding.name for finding in tryouts.attention("cpu")].count("flash_cpu, bf16") == 1
+    found = {finding.name: finding for finding in tryouts.attention("cpu")}
+    assert found["flash_cpu, fp32"].found == "passes its self-test"
+    assert found["flash_cpu, bf16"].state == "note"
+    assert found["flash_cpu, bf16"].remark == "error of the dq is 0.5 of its size; it is not used"
+
+
+def test_a_self_test_that_raises_is_a_finding(monkeypatch) -> None:
+    from selm_fast.ops import attention_choice
+
+    def raises(*_: object) -> None:
+        raise OSError("libcuda.so.1 is missing\nand more")
+
+    monkeypatch.setattr(attention_choice, "failure", raises)
+    found = {finding.name: finding for finding in tryouts.attention("cpu")}
+    assert found["flash_cpu, fp32, bf16"].remark == "OSError: libcuda.so.1 is missing; it is not used"

@@ -109,7 +109,7 @@ def test_commands_that_are_missing_or_unknown_are_2(capsys) -> None:
     assert main(["zzz"]) == 2
     assert (
         capsys.readouterr().err
-        == "error: unknown command zzz; commands: run, train, validate, doctor, report, export\n"
+        == "error: unknown command zzz; commands: run, train, validate, estimate, doctor, report, export\n"
     )
     assert main(["doctor", "now"]) == 2
     assert main(["rnu"]) == 2
@@ -147,7 +147,11 @@ def test_help_shows_a_description_with_a_percent_sign(monkeypatch) -> None:
     assert "100% (sure); greater than 0 (default: 0.01)" in help.recipe_help("selm-fast train", "Trains.")
 
 
-HELP = [["--help"], ["--version"], *([command, "--help"] for command in ("run", "train", "report", "export"))]
+HELP = [
+    ["--help"],
+    ["--version"],
+    *([command, "--help"] for command in ("run", "train", "estimate", "report", "export")),
+]
 
 
 @pytest.mark.parametrize("arguments", [*HELP, ["tran"]])

@@ -351,3 +351,71 @@ def test_ids_of_any_vocabulary_are_packed() -> None:
 def test_a_group_that_fits_no_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="a batch holds 10"):
         plan_epoch([TokenGroup([1] * 9, [2], [3, 4])], groups_per_step=1, max_tokens=10, seed=0)
+
+
+# Plans over ranks.
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    st.integers(1, 12),
+    st.sampled_from([1, 2, 3, 4, 8]),
+    st.integers(60, 200),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_ranks_share_every_group_once_in_equally_many_packs(
+    lengths: list[int], groups_per_step: int, ranks: int, max_tokens: int, shuffle: bool
+) -> None:
+    """Capacity is kept, the same plan comes again, and a step has the groups that it has for one rank."""
+    groups = [TokenGroup([nth], list(range(length)), [99]) for nth, length in enumerate(lengths)]
+    settings_ = {"groups_per_step": groups_per_step, "max_tokens": max_tokens + 1, "seed": 3, "shuffle": shuffle}
+    plan = plan_epoch(groups, **settings_, ranks=ranks)
+    assert plan == plan_epoch(groups, **settings_, ranks=ranks)
+    assert plan.digest() == plan_epoch(groups, **settings_, ranks=ranks).digest()
+    alone = plan_epoch(groups, **settings_)
+    assert len(plan.steps) == len(alone.steps)
+    for step, packs in enumerate(plan.steps):
+        assert sorted(i for members in packs for i in members) == sorted(
+            i for members in alone.steps[step] for i in members
+        )
+        assert plan.num_groups(step) == alone.num_groups(step)
+        assert len(packs) == ranks * plan.num_rounds(step)
+        assert all(sum(groups[i].num_tokens() for i in members) <= max_tokens + 1 for members in packs)
+        by_rank = [list(plan.batches(step, rank)) for rank in range(ranks)]
+        assert {len(batches) for batches in by_rank} == {plan.num_rounds(step)}
+        in_turn = [batch for nth in zip(*by_rank, strict=True) for batch in nth]  # as the reference pass writes them
+        first = plan.first_of(step)
+        assert [batch.sequence_keys for batch in in_turn] == plan.pack_keys()[first : first + len(packs)]
+        assert sorted(row for batch in in_turn for row in batch.row_ids) == sorted(plan.row_ids(step))
+        assert [sum(batch.num_groups for batch in nth) for nth in zip(*by_rank, strict=True)] == [
+            plan.round_groups(step, nth) for nth in range(plan.num_rounds(step))
+        ]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.sampled_from([2, 4, 8]), st.integers(60, 400))
+@settings(max_examples=150, deadline=None)
+def test_packs_that_run_side_by_side_are_about_as_long(lengths: list[int], ranks: int, max_tokens: int) -> None:
+    """Longest first into the least loaded: no two packs of a step differ by more than the longest group."""
+    groups = [TokenGroup([nth], [5] * length, [6]) for nth, length in enumerate(lengths)]
+    plan = plan_epoch(groups, groups_per_step=len(groups), max_tokens=max_tokens + 1, seed=0, ranks=ranks)
+    loads = [sum(groups[i].num_tokens() for i in members) for members in plan.steps[0]]
+    assert max(loads) - min(loads) <= max(group.num_tokens() for group in groups)
+    rounds = [loads[start : start + ranks] for start in range(0, len(loads), ranks)]
+    spread = sum(max(together) - min(together) for together in rounds)
+    assert spread <= max(loads) - min(loads)  # each round has its neighbours in the order of length
+
+
+def test_a_plan_of_one_rank_is_the_plan_as_it_always_was() -> None:
+    groups = some_groups(12)
+    arguments = {"groups_per_step": 5, "max_tokens": 250, "seed": 3}
+    assert plan_epoch(groups, **arguments, ranks=1) == plan_epoch(groups, **arguments)
+    assert plan_epoch(groups, **arguments, ranks=2).digest() != plan_epoch(groups, **arguments).digest()
+
+
+def test_fewer_groups_than_ranks_leave_packs_that_stand_in() -> None:
+    plan = plan_epoch(some_groups(3), groups_per_step=2, max_tokens=500, seed=0, shuffle=False, ranks=4)
+    assert [[len(members) for members in packs] for packs in plan.steps] == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    (dummy,) = plan.batches(1, 3)
+    assert (dummy.num_groups, dummy.sequence_keys, dummy.row_ids) == (0, (), ())
+    assert len(dummy.tokens) == min(group.num_tokens() for group in plan.groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -135,16 +136,17 @@ def test_a_process_for_each_gpu_is_the_default(
     event = '{"event": "ready", "gpus": 3}'
     ready = f"import sys, time; time.sleep(0.5); print({event!r}, flush=True); sys.stdin.read()"
     monkeypatch.setattr(launch, "_WORKER", (sys.executable, "-c", ready))
-    for overrides, rollouts in (
-        ({"device": "auto"}, 3),
-        ({"device": "auto", "processes": 2}, 2),
-        ({"device": "cpu"}, 1),
-        ({"device": "cpu", "processes": 2}, 2),
+    for overrides, rollouts, ranks in (
+        ({"device": "auto"}, 3, 3),
+        ({"device": "auto", "processes": 2}, 2, 2),
+        ({"device": "auto", "processes": 7}, 7, 3),
+        ({"device": "cpu"}, 1, 1),
+        ({"device": "cpu", "processes": 2}, 2, 1),
     ):
         config = make_run(**overrides)
         with launched(config, tmp_path) as (launcher, _):
             stages = planned(config)
-            assert launcher.parts(stages["iter-1/train"]) == 1
+            assert launcher.parts(stages["iter-1/train"]) == ranks
             assert launcher.parts(stages["iter-1/rollout"]) == rollouts
 
 
@@ -496,3 +498,21 @@ def test_a_stage_that_fails_stops_the_run_which_goes_on_once_the_cause_is_gone(
     assert contents(root / "iter-1/rollout") == answers
     run_inline(config)
     assert_same_results(whole.root, root)
+
+
+def test_training_takes_all_gpus_and_the_cache_is_made_for_it(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs that are not there: the processes train together on the CPU. The first step is exact, as in one."""
+    two = "from selm_fast.iteration import worker; worker._gpus = lambda: 2; worker.main()"
+    monkeypatch.setattr(launch, "_WORKER", (sys.executable, "-c", two))
+    config = make_run(**RESUMABLE, device="auto", iterations=1)
+    root = Paths(config).root
+    run(config)
+    for stage in ("cache", "train"):
+        assert json.loads((root / f"iter-1/{stage}/manifest.json").read_text())["processes"] == 2
+    kept = {path.name for path in (root / "iter-1/train/masters").glob("weights-*")}
+    assert kept == {"weights-00000-00001.safetensors", "weights-00001-00001.safetensors"}
+    lines = [json.loads(line) for line in (root / "iter-1/train/metrics.jsonl").read_text().splitlines()]
+    assert next(line["loss"] for line in lines if "loss" in line) == math.log(2)
+    assert "another plan" not in (root / "iter-1/logs/train.log").read_text()

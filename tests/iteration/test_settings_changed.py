@@ -395,7 +395,7 @@ def test_every_setting_of_a_run_is_named_above_or_belongs_to_no_stage(whole: Pat
         nested = isinstance(value, dict) and name != "iteration"
         fields |= {f"{name}.{inner}" for inner in value} if nested else {name}
     free = {
-        "output_dir", "max_bad_steps", "iterations", "reference", "prepare", "processes", "iteration",
+        "output_dir", "max_bad_steps", "timeout_s", "iterations", "reference", "prepare", "processes", "iteration",
         "model.path", "model.init", "model.reference", "model.tokenizer", "data.train", "data.eval", "data.max_skipped",
         "data.max_cut",
         "cache.dir", "cache.require", "log.every", "log.tensorboard", "checkpoint.every", "checkpoint.keep",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from tests.mutants.of_adamw import ADAMW
 from tests.mutants.of_attention import ATTENTION
 from tests.mutants.of_attention_cpp import ATTENTION_CPP, ATTENTION_CSRC
 from tests.mutants.of_csrc import CSRC
 from tests.mutants.of_head import HEAD
 from tests.mutants.of_layers import LAYERS, LAYERS_CSRC
+from tests.mutants.of_ranks import RANKS
 from tests.mutants.of_triton import TRITON
 
-MUTANTS = [*TRITON, *HEAD, *ATTENTION, *ATTENTION_CPP, *LAYERS, *CSRC, *ATTENTION_CSRC, *LAYERS_CSRC]
+MUTANTS = [*TRITON, *ADAMW, *HEAD, *ATTENTION, *ATTENTION_CPP, *LAYERS, *RANKS, *CSRC, *ATTENTION_CSRC, *LAYERS_CSRC]

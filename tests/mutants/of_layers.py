@@ -54,9 +54,9 @@ LAYERS = [
         ("random numbers are drawn", 'bias=child.bias is not None, device="meta")', "bias=child.bias is not None)"),
     ),
     *mutants_of(
-        "selm_fast/model/selfcheck.py",
+        "selm_fast/model/policy.py",
         FUSED,
-        ("fused layers are compared with themselves", "with unfused(model):", "if True:"),
+        ("fused layers are compared with themselves", "with unfused(self.model):", "if True:"),
     ),
     *mutants_of("selm_fast/model/policy.py", FUSED, ("loading does not fuse", "        fuse(model)\n", "")),
 ]  # fmt: skip

@@ -80,6 +80,7 @@ def make_config(tmp_path: Path, tiny_model: Path) -> MakeConfig:
             "optim": {"lr": 1e-3, "warmup": 0.0},
             "cache": {"dir": tmp_path / "cache"},
             "checkpoint": {"every": 2},
+            "timeout_s": 60,  # of several processes: a fault is not to take ten minutes
         }
         return Config.model_validate(override(settings, overrides))
 

@@ -26,11 +26,12 @@ from selm_fast.data.dataset import load_groups
 from selm_fast.data.groups import TokenGroup
 from selm_fast.data.tokenizer import load_tokenizer
 from selm_fast.model import Policy
-from selm_fast.training import storage
+from selm_fast.training import checkpoint, storage
 from selm_fast.training.loop import Trainer
 from selm_fast.training.metrics import TIMINGS
 from selm_fast.training.run_train import train
 from selm_fast.training.signals import StopFlag
+from selm_fast.training.world import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = (
@@ -41,6 +42,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+ALONE = World(0, 1, torch.device("cpu"))
 KILLED = 9  # exit code of a child that `Crash` ended
 Rows = list[dict[str, Any]]
 MakeConfig = Callable[..., Config]
@@ -209,6 +211,25 @@ def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
 def newest_checkpoint(folder: Path) -> Path:
     """The checkpoint of a run's last step."""
     return max((folder / "checkpoints").glob("step-*"))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All of one checkpoint, or what is kept of it, with full tensors."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    masters: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def read_checkpoint(path: Path) -> Whole:
+    """One checkpoint, every file checked. Raises Damaged."""
+    state = json.loads(storage.Manifest.of(path).read(checkpoint.STATE))
+    kinds = {kind: checkpoint.read_whole(path, kind) for kind in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER)}
+    assert {step for _, step in kinds.values()} == {state["step"]}
+    return Whole(path, state["step"], state, *(tensors for tensors, _ in kinds.values()))
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -19,6 +19,7 @@ from selm_fast.data.packing import Plan
 from selm_fast.errors import Refused, Stopped
 from selm_fast.training import cache_parts, storage
 from selm_fast.training.cache_parts import join_parts, part_folder, part_of
+from selm_fast.training.inputs import read_inputs
 from selm_fast.training.progress import Display
 from selm_fast.training.reference_cache import ReferenceCache, ReferenceLogps
 from selm_fast.training.run_train import Run, train
@@ -61,9 +62,7 @@ def values_of(config: Config) -> list[ReferenceLogps]:
     """What the whole cache holds for the plans of training and evaluation."""
     (manifest,) = config.cache.dir.glob(f"*/{storage.MANIFEST}")
     cache = ReferenceCache(config.cache.dir, storage.read_json(manifest)["identity"])
-    run = run_of(config)
-    _, data, held_out = run._inputs(284, None)
-    found = [cache.find(plan) for plan in run._reference_plans(data, held_out)]
+    found = [cache.find(plan) for plan in read_inputs(config).plans(config, 1).of_reference()]
     assert len(found) == (2 if config.data.eval else 1)
     assert all(found)
     return [values for values in found if values is not None]

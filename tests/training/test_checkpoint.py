@@ -14,10 +14,12 @@ import torch
 from selm_fast.config import Config
 from selm_fast.errors import RunFailed, Stopped
 from selm_fast.training import checkpoint, storage
+from selm_fast.training.loop import Trainer
 from selm_fast.training.run_train import train
 from selm_fast.training.storage import Damaged
 
 from .harness import (
+    ALONE,
     Live,
     MakeConfig,
     assert_same_run,
@@ -25,6 +27,7 @@ from .harness import (
     leftovers,
     make_rows,
     newest_checkpoint,
+    read_checkpoint,
     run,
     same_bits,
 )
@@ -34,6 +37,11 @@ ROWS = make_rows(8, seed=61)
 
 def steps_of(config: Config) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (config.output_dir / "checkpoints").iterdir())
+
+
+def tensors_of_trainer(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint is given."""
+    return {"weights": trainer.masters.masters, "optimizer": trainer.optimizer.tensors()}
 
 
 def stop_after(config: Config, live: Live, step: int) -> None:
@@ -114,7 +122,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_same_bits_reached(
     assert_same_run(whole.output_dir, config.output_dir)
     assert steps_of(config) == ([8] if keep == 1 else [7, 8])
     for path in (config.output_dir / "checkpoints").iterdir():
-        checkpoint.load(path)
+        read_checkpoint(path)
 
 
 def test_a_stop_right_after_falling_back_saves_again(
@@ -131,7 +139,7 @@ def test_a_stop_right_after_falling_back_saves_again(
         )
         damage(config.output_dir / f"checkpoints/step-{later:08d}", "flipped")
     stop_after(config, live, 4)
-    assert checkpoint.load(newest_checkpoint(config.output_dir)).step == 4
+    assert read_checkpoint(newest_checkpoint(config.output_dir)).step == 4
     caplog.clear()
     stop_after(config, live, 5)
     assert not caplog.records
@@ -167,9 +175,9 @@ def test_every_bit_of_a_checkpoint_is_checked(make_config: MakeConfig) -> None:
             flipped[offset] ^= 1 << rng.randrange(8)
             file.write_bytes(flipped)
             with pytest.raises(Damaged, match=file.name):
-                checkpoint.load(path)
+                read_checkpoint(path)
         file.write_bytes(data)
-    checkpoint.load(path)
+    read_checkpoint(path)
 
 
 def test_bit_flips_in_the_manifest_of_a_checkpoint_are_found_or_mean_nothing(make_config: MakeConfig) -> None:
@@ -177,7 +185,7 @@ def test_bit_flips_in_the_manifest_of_a_checkpoint_are_found_or_mean_nothing(mak
     run(config, ROWS)
     path = newest_checkpoint(config.output_dir)
     data = (path / "manifest.json").read_bytes()
-    expected = checkpoint.load(path)
+    expected = read_checkpoint(path)
     rng = random.Random(0)
     damaged = 0
     for _ in range(200):
@@ -185,7 +193,7 @@ def test_bit_flips_in_the_manifest_of_a_checkpoint_are_found_or_mean_nothing(mak
         flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         (path / "manifest.json").write_bytes(flipped)
         try:
-            found = checkpoint.load(path)
+            found = read_checkpoint(path)
         except Damaged:
             damaged += 1
         else:  # white space, or the size in bytes, which is for people
@@ -203,7 +211,7 @@ def test_links_are_not_followed(make_config: MakeConfig) -> None:
     elsewhere = weights.rename(config.output_dir / "elsewhere")
     weights.symlink_to(elsewhere)
     with pytest.raises(Damaged):
-        checkpoint.load(path)
+        read_checkpoint(path)
 
 
 def test_an_existing_checkpoint_is_never_overwritten(make_config: MakeConfig, live: Live) -> None:
@@ -215,9 +223,7 @@ def test_an_existing_checkpoint_is_never_overwritten(make_config: MakeConfig, li
     with torch.no_grad():
         for master in live.trainer.masters.masters.values():
             master.zero_()
-    checkpoint.save(
-        path.parent, step=2, masters=live.trainer.masters, optimizer=live.trainer.optimizer, state={}, keep=2
-    )
+    checkpoint.save(path.parent, step=2, state={}, keep=2, world=ALONE, **tensors_of_trainer(live.trainer))
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.iterdir()} == before
     with pytest.raises(FileExistsError), storage.new_folder(path):
         raise AssertionError("not reached")
@@ -229,9 +235,11 @@ def test_a_checkpoint_of_another_model_is_not_loaded(make_config: MakeConfig, li
     other = make_config("two", model__path=str(tied_model))
     run(other, ROWS)
     assert live.trainer is not None
-    found = checkpoint.load(newest_checkpoint(config.output_dir))
-    with pytest.raises(RunFailed, match="it belongs to another model"):
-        checkpoint.restore(found, live.trainer.masters, live.trainer.optimizer)
+    before = {name: master.detach().clone() for name, master in live.trainer.masters.masters.items()}
+    names = r"lm_head.weight: float32 \[284, 16\] there, missing here"
+    with pytest.raises(RunFailed, match=rf"other weights than this model has \({names}\): it belongs to another model"):
+        checkpoint.load_latest(config.output_dir / "checkpoints", world=ALONE, **tensors_of_trainer(live.trainer))
+    assert_same_tensors({**live.trainer.masters.masters}, before)
 
 
 def test_restore_brings_back_every_tensor(make_config: MakeConfig, live: Live) -> None:
@@ -239,21 +247,41 @@ def test_restore_brings_back_every_tensor(make_config: MakeConfig, live: Live) -
     run(config, ROWS)
     trainer = live.trainer
     assert trainer is not None
-    found = checkpoint.load(newest_checkpoint(config.output_dir))
-    assert set(found.optimizer) == {
-        f"{name}/{moment}" for name in found.masters for moment in ("step", "exp_avg", "exp_avg_sq")
-    }
+    found = read_checkpoint(newest_checkpoint(config.output_dir))
+    moments = {f"{name}/{moment}" for name in found.masters for moment in ("exp_avg", "exp_avg_sq")}
+    assert set(found.optimizer) == {"step"} | moments
     with torch.no_grad():
         for master in trainer.masters.masters.values():
             master.fill_(7.0)
-            trainer.optimizer.state[master]["exp_avg"].fill_(7.0)
-            trainer.optimizer.state[master]["step"].fill_(7.0)
-    checkpoint.restore(found, trainer.masters, trainer.optimizer)
+        for value in trainer.optimizer.tensors().values():
+            value.fill_(7.0)
+    trainer.resume()
     for name, master in trainer.masters.masters.items():
         assert same_bits(master, found.masters[name])
         assert same_bits(trainer.masters.parameters[name], found.masters[name].bfloat16())
-        for moment, value in trainer.optimizer.state[master].items():
-            assert same_bits(value, found.optimizer[f"{name}/{moment}"])
+    assert_same_tensors(trainer.optimizer.tensors(), found.optimizer)
+
+
+def test_what_is_exported_is_never_older_than_the_last_step(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last checkpoint is damaged before the export reads it, the run ends, and its steps are repeated."""
+    whole = make_config("whole", epochs=4, cache__dir=tmp_path / "another")
+    run(whole, ROWS)
+    config = make_config("damaged", epochs=4)
+    with monkeypatch.context() as patch:
+        train_to_the_end = Trainer.run
+
+        def then_damage(trainer: Trainer) -> None:
+            train_to_the_end(trainer)
+            damage(newest_checkpoint(config.output_dir), "flipped")
+
+        patch.setattr(Trainer, "run", then_damage)
+        with pytest.raises(RunFailed, match="the last checkpoint of .* was damaged: run again, to repeat"):
+            run(config, ROWS)
+    assert not (config.output_dir / "model").exists()
+    assert [line["step"] for line in run(config, ROWS).steps] == [7, 8]
+    assert_same_run(whole.output_dir, config.output_dir)
 
 
 def test_an_error_while_saving_leaves_no_folder(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from selm_fast.cli.main import main
 from selm_fast.config import Config
 from selm_fast.data.packing import pack
 from selm_fast.errors import Refused
-from selm_fast.training import checkpoint, storage
+from selm_fast.training import storage
 from selm_fast.training.export import export_run
 
 from .harness import (
@@ -30,6 +30,7 @@ from .harness import (
     newest_checkpoint,
     own_logp,
     own_model,
+    read_checkpoint,
     run,
     same_bits,
     tensors_of,
@@ -88,7 +89,7 @@ def test_exported_bf16_weights_are_the_ones_that_computed(
     assert exported.keys() == computed.keys()
     for name, weight in computed.items():
         assert same_bits(exported[name], weight), name
-    masters = checkpoint.load(newest_checkpoint(config.output_dir)).masters
+    masters = read_checkpoint(newest_checkpoint(config.output_dir)).masters
     for name, master in masters.items():
         assert same_bits(exported[name], master.bfloat16()), name
         assert not torch.equal(master, master.bfloat16().float()), name  # spread inside their cells
@@ -156,7 +157,7 @@ def test_export_run_in_any_dtype(
     out = tmp_path / "exported"
     export_run(config.output_dir, out, dtype)
     wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype or trained_in]
-    masters = checkpoint.load(newest_checkpoint(config.output_dir)).masters
+    masters = read_checkpoint(newest_checkpoint(config.output_dir)).masters
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.dtype == wanted
     exported = dict(loaded.named_parameters())
@@ -194,7 +195,7 @@ def test_export_of_a_run_that_was_stopped_is_of_its_newest_checkpoint(
     run(config, ROWS)
     shutil.rmtree(config.output_dir / "model")
     shutil.rmtree(newest_checkpoint(config.output_dir))
-    second = checkpoint.load(newest_checkpoint(config.output_dir))
+    second = read_checkpoint(newest_checkpoint(config.output_dir))
     assert second.step == 2
     export_run(config.output_dir, tmp_path / "out", "float32")
     assert_same_tensors(

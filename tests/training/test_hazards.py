@@ -20,7 +20,7 @@ from selm_fast.cli.main import main
 from selm_fast.config import Config
 from selm_fast.errors import Refused, RunFailed, Stopped
 from selm_fast.model import Policy
-from selm_fast.training import checkpoint, machine
+from selm_fast.training import machine
 from selm_fast.training.loop import Trainer
 from selm_fast.training.machine import choose_device
 from selm_fast.training.run_train import train
@@ -35,6 +35,7 @@ from .harness import (
     groups_of,
     make_rows,
     newest_checkpoint,
+    read_checkpoint,
     read_metrics,
     run,
     write_model,
@@ -308,10 +309,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of masters, compute weights and optimiser state."""
     found = {f"master {name}": master.detach().clone() for name, master in trainer.masters.masters.items()}
     found |= {f"weight {name}": weight.detach().clone() for name, weight in trainer.policy.model.named_parameters()}
-    for name, master in trainer.masters.masters.items():
-        for moment, value in trainer.optimizer.state.get(master, {}).items():
-            found[f"{moment} {name}"] = value.clone()
-    return found
+    return found | {name: value.clone() for name, value in trainer.optimizer.tensors().items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -344,7 +342,7 @@ def test_hazard_29_a_step_that_is_not_finite_is_not_applied(
     assert [line["bad_steps"] for line in trace.steps] == [0, 0, 1, 1, 1, 1]
     for line in read_metrics(config.output_dir):  # null in the file, for JSON has no NaN
         assert line["grad_norm"] is None if line["step"] == 3 else line["grad_norm"] > 0
-    for weight in checkpoint.load(newest_checkpoint(config.output_dir)).masters.values():
+    for weight in read_checkpoint(newest_checkpoint(config.output_dir)).masters.values():
         assert weight.isfinite().all()
 
 
@@ -358,7 +356,7 @@ def test_hazard_29_the_run_is_given_up_after_some_such_steps_in_a_row(
         with pytest.raises(RunFailed, match="3 steps in a row .* not applied; their rows are in .*bad_steps.jsonl"):
             run(config, ROWS)
     assert [line["step"] for line in read_metrics(config.output_dir)] == [1, 2, 3, 4, 5, 6, 7]
-    found = checkpoint.load(newest_checkpoint(config.output_dir))
+    found = read_checkpoint(newest_checkpoint(config.output_dir))
     assert found.step == 7
     last_good = {name.removeprefix("master "): t for name, t in broken.before[2].items() if name.startswith("master ")}
     assert_same_tensors(found.masters, last_good)
@@ -370,13 +368,15 @@ def test_hazard_29_the_run_is_given_up_after_some_such_steps_in_a_row(
 
 
 def test_hazard_29_bad_from_the_first_step_on(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step was applied, so there is no optimiser state yet: the checkpoint is written and read all the same."""
+    """No step was applied, so the optimiser's state is all zeros: the checkpoint is written and read all the same."""
     config = make_config(max_bad_steps=2)
     with pytest.MonkeyPatch.context() as patch:
         Broken(patch, "loss", math.nan, {0, 1})
         with pytest.raises(RunFailed, match="2 steps in a row"):
             run(config, ROWS)
-    assert checkpoint.load(newest_checkpoint(config.output_dir)).optimizer == {}
+    state = read_checkpoint(newest_checkpoint(config.output_dir)).optimizer
+    assert state
+    assert not any(value.any() for value in state.values())
     assert [line["step"] for line in run(config, ROWS).steps] == [3]
 
 
@@ -412,9 +412,11 @@ def test_hazard_29_a_bad_step_survives_a_stop(make_config: MakeConfig, live: Liv
     assert_same_run(whole.output_dir, config.output_dir)
 
 
-def test_hazard_25_more_than_one_process(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    refuse(make_config(), r"one of 4 processes \(WORLD_SIZE\); training runs in one: start it without torchrun")
+def test_hazard_25_more_processes_than_gpus(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    refuse(make_config(device="cuda"), "process 3 on a machine of 2 GPUs; each takes one: start fewer")
 
 
 def test_hazard_26_too_little_memory_for_the_weights(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from selm_fast.training.metrics import MetricsLog
 from selm_fast.training.run_train import train
 
 from .harness import (
+    ALONE,
     KILLED,
     Crash,
     Live,
@@ -32,6 +33,7 @@ from .harness import (
     in_child,
     leftovers,
     make_rows,
+    read_checkpoint,
     run,
     start_command,
     write_rows,
@@ -68,7 +70,7 @@ def check_what_a_kill_left(config: Config, whole: Path, caplog: pytest.LogCaptur
     """Every checkpoint and shard with a name is sound, and resuming ends with the bits of the run left alone."""
     caplog.clear()
     names = {path.name for path in (config.output_dir / "checkpoints").glob("step-*")}
-    found = checkpoint.load_latest(config.output_dir / "checkpoints")
+    found = checkpoint.latest(config.output_dir / "checkpoints", ALONE, read_checkpoint)
     assert (found is None) == (not names)
     if found is not None:
         assert found.path.name == max(names)
@@ -108,6 +110,7 @@ def test_hazard_31_killed_at_every_write_fsync_and_rename(
     assert steps_kept == {"no step", "step-00000001", "step-00000002"}
 
 
+@pytest.mark.slow
 def test_hazard_31_killed_in_the_middle_of_every_write(
     config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -360,7 +363,7 @@ def test_hazard_32_a_disk_that_is_really_full(
     saved = list((disk / "run" / "checkpoints").glob("step-*"))
     assert bool(saved) == ("model" in room)
     for path in saved:
-        checkpoint.load(path)
+        read_checkpoint(path)
 
 
 def test_hazard_32_metrics_on_a_full_disk(small_disk: Callable[[int], Path]) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from selm_fast.model import Policy
+from selm_fast.training.digest import weights_digest
 from selm_fast.training.dither import _CHUNK, dither_
-from selm_fast.training.masters import Masters, weights_digest
+from selm_fast.training.masters import Masters
 
 from .harness import Live, MakeConfig, make_rows, run, same_bits
 
@@ -160,7 +161,10 @@ def test_in_bf16_copies_compute_and_masters_keep_their_digits(seed: int | None) 
     for name, weight in model.named_parameters():
         assert same_bits(weight, masters.masters[name].bfloat16())
     state = {name: master.detach() - 1 for name, master in masters.masters.items()}
-    masters.load(state)
+    with torch.no_grad():
+        for name, master in masters.masters.items():
+            master.copy_(state[name])
+    masters.publish()
     for name, weight in model.named_parameters():
         assert same_bits(masters.masters[name], state[name])
         assert same_bits(weight, state[name].bfloat16())
@@ -194,19 +198,37 @@ def test_tied_weights_have_one_master_and_both_gradients(tied_model: object) -> 
     assert (grad == 3.0).all()
 
 
+def digest_of(model: nn.Module, compute: torch.dtype = torch.float32) -> str:
+    return weights_digest(dict(model.named_parameters()), compute)
+
+
 def test_weights_digest_sees_every_bit() -> None:
-    digests = {weights_digest(small_model())}
+    digests = {digest_of(small_model())}
     changed = small_model()
     with torch.no_grad():
         changed[1].bias.view(torch.int32)[2] ^= 1
-    digests.add(weights_digest(changed))
-    digests.add(weights_digest(small_model().bfloat16()))
+    digests.add(digest_of(changed))
+    digests.add(digest_of(small_model(), torch.bfloat16))
     renamed = nn.Sequential()
     renamed.add_module("first", small_model()[0])
     renamed.add_module("second", small_model()[1])
-    digests.add(weights_digest(renamed))
+    digests.add(digest_of(renamed))
     assert len(digests) == 4
-    assert weights_digest(small_model()) in digests
+    assert digest_of(small_model()) in digests
+
+
+def test_weights_digest_sees_the_places_of_elements() -> None:
+    """It is a sum over elements, but two that change places change it, within a weight or between two."""
+    model = small_model()
+    expected = digest_of(model)
+    with torch.no_grad():
+        weight = model[0].weight
+        weight[[0, 1]] = weight[[1, 0]]
+        assert digest_of(model) != expected
+        weight[[0, 1]] = weight[[1, 0]]
+        assert digest_of(model) == expected
+        model[0].bias[0], model[1].bias[0] = model[1].bias[0].clone(), model[0].bias[0].clone()
+    assert digest_of(model) != expected
 
 
 @pytest.mark.parametrize("dither", [None, True, False])

@@ -19,12 +19,14 @@ from rich.console import Console
 
 from selm_fast.errors import Refused
 from selm_fast.model import Policy
+from selm_fast.ops.preference_loss import METRICS
 from selm_fast.training import metrics, progress
-from selm_fast.training.metrics import TIMINGS, MetricsLog, mean, step_means
+from selm_fast.training.metrics import TIMINGS, MetricsLog, mean
+from selm_fast.training.pending import Pending, StepRecord
 from selm_fast.training.progress import Display
 from selm_fast.training.run_train import train
 
-from .harness import Live, MakeConfig, groups_of, make_rows, own_logp, own_model, read_metrics, run
+from .harness import ALONE, Live, MakeConfig, groups_of, make_rows, own_logp, own_model, read_metrics, run
 
 ROWS = make_rows(9, seed=71, duplicates=1)
 PREFERENCE = {
@@ -215,9 +217,20 @@ def test_mean_weighs_every_group_alike(parts: list[list[float]]) -> None:
         assert math.isnan(found.item())
 
 
-def test_step_means_take_each_name_over_all_parts() -> None:
-    parts = [{"a": torch.tensor([1.0]), "b": torch.tensor([0.0])}, {"a": torch.tensor([2.0, 6.0]), "b": torch.ones(2)}]
-    assert {name: value.item() for name, value in step_means(parts).items()} == {"a": 3.0, "b": pytest.approx(2 / 3)}
+def test_pending_metrics_are_means_over_all_groups_of_a_step() -> None:
+    """Each metric by its name, each group weighed alike, whatever steps it waited with."""
+    pending, record = Pending(), StepRecord(1, 0.5, 1e-3, 10, 10, 3, 1e9, [0, 1, 2])
+    first = torch.arange(33, dtype=torch.float64).view(11, 3)
+    pending.add(record, first, torch.tensor(2.0))
+    pending.add(record, torch.full((11, 1), torch.nan, dtype=torch.float64), torch.tensor(torch.inf))
+    (one, other), memory = pending.take(ALONE, 0.5)
+    assert memory == 0.5
+    assert {name: one.metrics[name] for name in METRICS} == dict(zip(METRICS, first.mean(1).tolist(), strict=True))
+    assert one.metrics["grad_norm"] == 2.0
+    assert not one.is_bad
+    assert other.is_bad
+    assert math.isnan(other.metrics["loss"])
+    assert not pending.steps
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

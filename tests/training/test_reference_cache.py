@@ -25,11 +25,13 @@ from selm_fast.model import Policy
 from selm_fast.training import cache_identity as identity_module
 from selm_fast.training import reference_cache, storage
 from selm_fast.training.cache_identity import cache_identity
+from selm_fast.training.digest import weights_digest
 from selm_fast.training.masters import Masters
 from selm_fast.training.reference_cache import OTHER_PLAN_TOLERANCE, ReferenceCache, ReferenceLogps
 from selm_fast.training.signals import StopFlag
 
 from .harness import (
+    ALONE,
     TEMPLATE,
     WORDS,
     MakeConfig,
@@ -197,8 +199,9 @@ def digest_of(make_config: MakeConfig) -> Callable[..., str]:
         config = make_config(**changes)
         policy = Policy.from_pretrained(str(config.model.path))
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        Masters(policy.model, dtype, dither_seed=config.seed if config.grid_dither else None)
-        identity = cache_identity(config, policy, load_tokenizer(str(config.tokenizer_source)), dtype)
+        masters = Masters(policy.model, dtype, dither_seed=config.seed if config.grid_dither else None).masters
+        weights = weights_digest(masters, dtype)
+        identity = cache_identity(config, policy, weights, load_tokenizer(str(config.tokenizer_source)), dtype)
         assert json.loads(storage.to_json(identity)) == identity  # it is compared after a round trip
         return ReferenceCache(config.cache.dir, identity).path.name
 
@@ -285,7 +288,7 @@ class Small:
         self.policy.sequence_logps = counted  # type: ignore[method-assign]
 
     def fill(self, plan: Plan | None = None, stop: StopFlag | None = None) -> ReferenceLogps:
-        return self.cache.fill(plan or self.plan, self.policy, stop=stop or StopFlag())
+        return self.cache.fill(plan or self.plan, self.policy, world=ALONE, stop=stop or StopFlag())
 
     @property
     def manifest(self) -> Path:
@@ -379,7 +382,7 @@ def test_a_stopped_pass_goes_on_by_shard(small: Small) -> None:
     values = small.fill()
     assert small.forwards == small.packs()
     fresh = ReferenceCache(small.cache.folder / "fresh", small.cache.identity)
-    assert_equal_values(values, fresh.fill(small.plan, small.policy, stop=StopFlag()))
+    assert_equal_values(values, fresh.fill(small.plan, small.policy, world=ALONE, stop=StopFlag()))
 
 
 def test_a_killed_pass_loses_less_than_a_shard(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,9 +64,10 @@ def stop_at_forward(monkeypatch: pytest.MonkeyPatch, live: Live, nth: int) -> No
     monkeypatch.setattr(Policy, "hidden_states", counted)
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_stopped_in_any_forward_then_resumed(
-    make_config: MakeConfig, live: Live, eval_file: str, tmp_path: Path, dtype: str
+    make_config: MakeConfig, live: Live, eval_file: str, tmp_path: Path, dtype: str, every: int
 ) -> None:
     """Any micro-batch of the reference pass, of evaluation and of training, the model's self-check included."""
 
@@ -79,7 +80,7 @@ def test_stopped_in_any_forward_then_resumed(
     forwards = count_forwards_of(lambda: run(whole, ROWS))
     assert forwards > 20
     positions = set()
-    for nth in range(1, forwards + 1):
+    for nth in [*range(1, forwards, every), forwards]:
         config = config_of(f"stopped-{nth}")
         with pytest.MonkeyPatch.context() as patch:
             stop_at_forward(patch, live, nth)
@@ -171,8 +172,7 @@ def test_optimiser_state_is_resumed_not_begun_anew(make_config: MakeConfig, live
     assert train_until_stopped(config, ROWS, stop)
     run(config, ROWS)
     assert live.trainer is not None
-    counts = {int(state["step"]) for state in live.trainer.optimizer.state.values()}
-    assert counts == {3}
+    assert live.trainer.optimizer.step.item() == 3
 
 
 def test_resuming_says_so_and_logs_the_remaining_steps_alone(
@@ -269,7 +269,7 @@ def test_hazard_30_the_command_itself(
 ) -> None:
     """`python -m selm_fast train` and SIGTERM in the middle of training; another process goes on from there."""
     rows = str(write_rows(tmp_path / "rows.jsonl", ROWS))
-    config = make_config("stopped", data__train=rows, epochs=40, cache__dir=tmp_path / "cache-stopped")
+    config = make_config("stopped", data__train=rows, epochs=16, cache__dir=tmp_path / "cache-stopped")
     process = start_command(config, tmp_path / "recipe.yaml")
     assert process.stdout is not None
     for line in process.stdout:
@@ -280,11 +280,11 @@ def test_hazard_30_the_command_itself(
     assert process.wait(60) == STOP_EXIT
     assert "run the same command to go on" in rest
     step = int(newest_checkpoint(config.output_dir).name.removeprefix("step-"))
-    assert 5 <= step < 120
+    assert 5 <= step < 48
     assert json.loads((config.output_dir / "run.json").read_text())["done"] is False
     train(config)
-    assert f"resuming after step {step} of 120" in capsys.readouterr().out
-    whole = make_config("whole", data__train=rows, epochs=40, cache__dir=tmp_path / "cache-whole")
+    assert f"resuming after step {step} of 48" in capsys.readouterr().out
+    whole = make_config("whole", data__train=rows, epochs=16, cache__dir=tmp_path / "cache-whole")
     train(whole)
     assert_same_run(whole.output_dir, config.output_dir)
 

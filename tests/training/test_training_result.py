@@ -15,7 +15,6 @@ from transformers import get_scheduler
 from selm_fast.config import Config
 from selm_fast.data.groups import TokenGroup
 from selm_fast.data.packing import plan_epoch
-from selm_fast.training.checkpoint import load
 from selm_fast.training.metrics import TIMINGS
 from selm_fast.training.schedule import learning_rate
 
@@ -28,6 +27,7 @@ from .harness import (
     newest_checkpoint,
     own_logp,
     own_model,
+    read_checkpoint,
     run,
 )
 
@@ -103,7 +103,7 @@ def test_training_equals_a_plain_loop(make_config: MakeConfig, changes: dict[str
     for line, expected in zip(trace.steps, log, strict=True):
         for name, value in expected.items():
             assert line[name] == pytest.approx(value, rel=2e-5, abs=1e-12), (line["step"], name)
-    found = load(newest_checkpoint(config.output_dir)).masters
+    found = read_checkpoint(newest_checkpoint(config.output_dir)).masters
     started = dict(own_model(str(config.model.path), torch.float64).named_parameters())
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
@@ -123,7 +123,7 @@ def test_result_does_not_depend_on_the_micro_batches(
         own = {"batch__max_tokens": max_tokens, "cache__dir": tmp_path / f"cache-{max_tokens}"}
         config = make_config(f"run-{max_tokens}", batch__groups=7, **own, **SMOOTH, **changes)
         traces[max_tokens] = run(config, ROWS)
-        masters[max_tokens] = load(newest_checkpoint(config.output_dir)).masters
+        masters[max_tokens] = read_checkpoint(newest_checkpoint(config.output_dir)).masters
     for max_tokens in (95, 200):
         for name, weight in masters[10_000].items():
             assert (masters[max_tokens][name] - weight).abs().max() < 1e-5, name
