@@ -14,8 +14,6 @@ import argparse
 import json
 import shlex
 import sys
-import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.wheels import NoWheels, unpacked  # noqa: E402 - from the checkout, installed or not
 
 PARTS = ("peers", "ladder", "scaling")
 
@@ -40,18 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--wheels", type=Path, help="folder of wheels of what is not installed")
     args = parser.parse_args(given)
-    if args.wheels is None:
-        return measured(parser, args, given)
-    with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
-        unpacked = str(Path(folder) / "site-packages")  # by this name dill knows that its modules are no user's own
-        wheels = sorted(args.wheels.glob("*.whl"))
-        if not wheels:
-            parser.error(f"--wheels is {args.wheels}; expected a folder of .whl files")
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(unpacked)
-        sys.path.append(unpacked)  # the last place: what is installed comes first; new processes inherit it
-        return measured(parser, args, given)
+    try:
+        with unpacked(args.wheels):
+            return measured(parser, args, given)
+    except NoWheels as error:
+        parser.error(str(error))
 
 
 def measured(parser: argparse.ArgumentParser, args: argparse.Namespace, given: Sequence[str]) -> int:

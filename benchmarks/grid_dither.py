@@ -120,14 +120,14 @@ def main() -> None:
                     dither_(master, seed=SEED, name=name)
             masters_before = ratios(policy, started, plan) if dither else on_grid
             for path in sorted((run.output_dir / "checkpoints").glob("step-*")):
-                saved = checkpoint.load(path)
-                exported = {name: master.bfloat16().float() for name, master in saved.masters.items()}
-                of_masters = learned(ratios(policy, saved.masters, plan), masters_before)
+                masters, step = checkpoint.read_whole(path, checkpoint.WEIGHTS)
+                exported = {name: master.bfloat16().float() for name, master in masters.items()}
+                of_masters = learned(ratios(policy, masters, plan), masters_before)
                 of_export = learned(ratios(policy, exported, plan), on_grid)
                 moved = [(exported[n] != master.bfloat16().float()).float().mean() for n, master in started.items()]
                 line = {
                     "dither": dither,
-                    "step": saved.step,
+                    "step": step,
                     "margin_masters": of_masters,
                     "margin_export": of_export,
                     "share": of_export / of_masters,

@@ -4,7 +4,8 @@
     python -m benchmarks.report --check    # writes nothing; exit code 1 where one is not what the results say
 
 A result is a JSON file that `make bench` or `make gpu-bench` has written: of each machine the newest is shown. What
-`bench_scaling.py` has written on its own, with more points, rows and rounds, stands below it.
+`bench_scaling.py` has written on its own, with more points, rows and rounds, stands below it, and below that what
+`make gpu-train` has written, of each GPU the newest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench_scaling, machine
-from benchmarks.train import field, plots, tables
+from benchmarks.train import device_tables, field, plots, tables
 
 RESULTS = Path("benchmarks/RESULTS.md")
 README = Path("README.md")
@@ -51,6 +52,17 @@ def scalings(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return [(path, result) for path, result in found if "parts" in result]
 
 
+def gpu_trainings(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The newest result of `make gpu-train` on each GPU that there is one of, by file name."""
+    newest: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("gpu_train_*.json")):
+        found = json.loads(path.read_text("utf-8"))
+        name = found["gpu_train"]["device_name"]
+        if name not in newest or _made(found) >= _made(newest[name][1]):
+            newest[name] = (path, found)
+    return sorted(newest.values(), key=lambda pair: pair[0].name)
+
+
 def provenance(result: Mapping[str, Any]) -> str:
     """Where a figure comes from: machine, versions, commit, command."""
     facts, versions = result["machine"], result["versions"]
@@ -64,7 +76,10 @@ def provenance(result: Mapping[str, Any]) -> str:
     )
 
 
-def page(found: Sequence[tuple[Path, Mapping[str, Any]]], scaled: Sequence[tuple[Path, Mapping[str, Any]]] = ()) -> str:
+def page(
+    found: Sequence[tuple[Path, Mapping[str, Any]]], scaled: Sequence[tuple[Path, Mapping[str, Any]]] = (),
+    on_gpus: Sequence[tuple[Path, Mapping[str, Any]]] = (),
+) -> str:  # fmt: skip
     """RESULTS.md."""
     lines = ["# Results", "", "Made by `python -m benchmarks.report` from the files in `benchmarks/results`.", ""]
     for path, result in found:
@@ -78,6 +93,10 @@ def page(found: Sequence[tuple[Path, Mapping[str, Any]]], scaled: Sequence[tuple
         lines += [f"## {facts.get('gpu', facts['cpu'])}, scaling in full", ""]
         lines += [f"{provenance(result)}; [figures](results/{path.name}).", ""]
         lines += bench_scaling.table(result)
+    for path, result in on_gpus:
+        lines += [*([""] if lines[-1] else []), f"## {result['gpu_train']['device_name']}, steps of large models", ""]
+        lines += [f"{provenance(result)}; [figures](results/{path.name}).", ""]
+        lines += device_tables.table(result["gpu_train"])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -119,7 +138,10 @@ def rendered(root: Path) -> dict[Path, str]:
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"{README} must have one place between {BEGIN!r} and {END!r}")
     table = f"{BEGIN}\n{summary(found)}\n{END}"
-    return {root / RESULTS: page(found, scalings(folder)), root / README: pattern.sub(lambda _: table, text)}
+    return {
+        root / RESULTS: page(found, scalings(folder), gpu_trainings(folder)),
+        root / README: pattern.sub(lambda _: table, text),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -136,8 +136,8 @@ def targets(
         if "H200" not in device_name:
             return []
         return [
-            _target(f"groups/s, times {field.TRL_SELM}", speed, GPU_SELM, least=True),
-            _target("a step, in its roofline", explained, GPU_ROOFLINE, least=False),
+            judged(f"groups/s, times {field.TRL_SELM}", speed, GPU_SELM, least=True),
+            judged("a step, in its roofline", explained, GPU_ROOFLINE, least=False),
         ]
     if workload.device != "cpu" or workload.shape != "small" or workload.dtype != "fp32":
         return []
@@ -149,10 +149,10 @@ def targets(
     if dpo and cached and "wall_s" in dpo and "wall_s" in cached:
         both = dpo["groups_per_s_with_reference"] / cached["groups_per_s_with_reference"]
     found = [
-        _target(f"groups/s, times {field.TRL_SELM}", speed, CPU_SELM, least=True),
-        _target("a step, in bare GEMMs", ratio(ours, by_name.get(field.GEMMS)), CPU_GEMMS, least=False),
-        _target(f"peak memory above the loaded model, of {field.TRL_SELM}'s", memory, CPU_MEMORY, least=False),
-        _target(f"{field.OURS_DPO}: groups/s, times {field.CACHED_DPO}, reference passes counted in", both, CPU_DPO,
+        judged(f"groups/s, times {field.TRL_SELM}", speed, CPU_SELM, least=True),
+        judged("a step, in bare GEMMs", ratio(ours, by_name.get(field.GEMMS)), CPU_GEMMS, least=False),
+        judged(f"peak memory above the loaded model, of {field.TRL_SELM}'s", memory, CPU_MEMORY, least=False),
+        judged(f"{field.OURS_DPO}: groups/s, times {field.CACHED_DPO}, reference passes counted in", both, CPU_DPO,
                 least=True),
     ]  # fmt: skip
     if threads != THREADS:
@@ -161,7 +161,8 @@ def targets(
     return found
 
 
-def _target(target: str, measured: float | None, bound: float, *, least: bool) -> dict[str, Any]:
+def judged(target: str, measured: float | None, bound: float, *, least: bool) -> dict[str, Any]:
+    """A figure beside its bound, as `targets` has it."""
     met = None if measured is None else measured >= bound if least else measured <= bound
     why = "not measured" if measured is None else None
     return {"target": target, "measured": measured, "bound": bound, "least": least, "met": met, "why": why}

@@ -132,6 +132,7 @@ def test_what_is_not_installed_is_named_before_anything_is_measured() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_the_ladder_needs_neither_pydantic_nor_peers() -> None:
     done = bench_without_pydantic("--part", "ladder", "--rounds", "0")  # refused, once everything is imported
     assert done.returncode == 2

@@ -263,6 +263,7 @@ def test_whoever_differs_fails_or_lacks_a_yardstick_is_named(made: Workload) -> 
     assert race.disagreements([plain, ours], field.YARDSTICK, "fp32") == ["selm_fast: out of memory"]
 
 
+@pytest.mark.slow
 def test_contestants_are_started_where_the_parent_s_modules_are_found(tmp_path: Path) -> None:
     code = "import sys, benchmarks.train.preload; print(sys.path[-1], 'benchmarks.train.worker' in sys.modules)"
     environment = os.environ | {preload.VARIABLE: os.pathsep.join([*sys.path, str(tmp_path)])}
