@@ -15,10 +15,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from selm_fast.cli.estimate import estimate_arguments
 from selm_fast.cli.run import run_arguments
 from selm_fast.cli.schema import settings
 from selm_fast.cli.settings import load_config, load_run_config, split_recipe
 from selm_fast.cli.shipped import find_recipe
+from selm_fast.cli.train import train_arguments
 from selm_fast.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,11 +103,15 @@ def test_command_line_equals_python(folder: Path) -> None:
 
 def test_commands_have_settings_that_exist() -> None:
     found = commands()
-    assert {words[1] for words in found} == {"run", "report", "validate", "train", "export", "doctor"}
+    assert {words[1] for words in found} == {"run", "report", "validate", "train", "estimate", "export", "doctor"}
     for words in found:
         if words[1] == "run":
             run_arguments(words[2:])
-        if words[1] in ("train", "validate"):
+        if words[1] == "train":
+            train_arguments(words[2:])
+        if words[1] == "estimate":
+            estimate_arguments(words[2:])
+        if words[1] == "validate":
             recipe, flags = split_recipe(words[2:])
             assert recipe is None
             load_config(None, flags)
