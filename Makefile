@@ -9,15 +9,16 @@ CAN_RUN := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(CAN_RUN)' >/dev/null 2>&1 && echo "$$p" && break; done)
 PYTEST_ARGS ?=
 
-# Two workers of one thread each: the tests are many and small, and one thread repeats itself to the bit.
-PYTEST := -m pytest -n 2 $(PYTEST_ARGS)
+# Two workers of one thread each: the tests are many and small, and one thread repeats itself to the bit. One that has
+# nothing left takes over tests of the other: those that start processes take the longest, and come last.
+PYTEST := -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env demo extension lint test test-all test-floor test-latest mutants aot bench bench-ops gpu-bench gpu-test clean
+.PHONY: help env demo extension lint test test-all test-floor test-latest mutants aot bench bench-ops gpu-bench gpu-test gpu-train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F '|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -34,11 +35,9 @@ BUILT := -c 'import sys; from selm_fast.ops import extension; sys.exit(not exten
 extension: .venv/.stamp ## builds csrc/ again where it changed
 	$(call extension,.venv)
 
+# Types are checked beside the rest, for they take the longest.
 lint: .venv/.stamp ## ruff, mypy and the layers
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
-	.venv/bin/mypy
-	.venv/bin/lint-imports
+	@.venv/bin/mypy & types=$$!; .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/lint-imports && wait $$types
 
 test: lint extension ## lint, then every test but the slow ones
 	.venv/bin/python $(PYTEST)
@@ -78,6 +77,10 @@ gpu-bench: ## the same on one NVIDIA GPU, nothing installed (PART=peers|ladder|s
 
 gpu-test: ## on a machine with an NVIDIA GPU: builds, runs the gpu tests and times the kernels (PYTHON=its python with torch)
 	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS "$(GPU_PYTHON)" benchmarks/gpu_test.py
+
+gpu-train: ## real steps of Llama-3-8B and of a 1B model on one NVIDIA GPU, nothing installed (PART=8b, 1b or 8b-selective; DATA=, WHEELS=, PYTHON=)
+	env -u OMP_NUM_THREADS -u MKL_NUM_THREADS "$(GPU_PYTHON)" benchmarks/gpu_train.py \
+		$(if $(PART),--part $(PART)) $(if $(DATA),--data "$(DATA)") $(if $(WHEELS),--wheels "$(WHEELS)")
 
 clean: ## removes the environments, builds and caches
 	rm -rf .venv .venv-floor .venv-latest build dist *.egg-info selm_fast/_C-*.so

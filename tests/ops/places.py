@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def back_ends(*shapes: tuple[int, int, int]) -> list[Any]:
     """(backend, dtype), with shapes where given; Triton in 16 bits needs a GPU.
 
-    Large vocabularies take long in Triton's interpreter, and in fp16 on most CPUs.
+    Large vocabularies and wide rows take long in Triton's interpreter, and the first in fp16 on most CPUs.
     """
     params = []
     on_gpu = torch.cuda.is_available()
@@ -22,7 +22,8 @@ def back_ends(*shapes: tuple[int, int, int]) -> list[Any]:
             marks = [pytest.mark.gpu] if backend == "triton" and dtype != torch.float32 else []
             for shape in shapes or [None]:
                 large = shape is not None and shape[2] > 10_000
-                slow = large and not on_gpu and (backend == "triton" or dtype == torch.float16)
+                wide = shape is not None and shape[1] > 5000 and backend == "triton"
+                slow = not on_gpu and (wide or (large and (backend == "triton" or dtype == torch.float16)))
                 values = (backend, dtype) if shape is None else (backend, dtype, shape)
                 name = "-".join([backend, str(dtype).removeprefix("torch."), *map(str, shape or ())])
                 params.append(pytest.param(*values, marks=[*marks, *([pytest.mark.slow] if slow else [])], id=name))

@@ -286,7 +286,7 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert inputs["hidden"].shape[0] * V * 4 not in spent.sizes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_recompute_holds_nothing_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
     inputs = batch(12, dtype=dtype, beta=0.1)
     inputs["weight"] = inputs["weight"].repeat(40, 1)
