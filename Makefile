@@ -88,7 +88,7 @@ clean: ## removes the environments, builds and caches
 	find selm_fast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Variables, because a comma in the arguments of `call` would end one.
-EXTRAS := datasets,tensorboard,peer,dev
+EXTRAS := datasets,tensorboard,peer,blender,dev
 EXTRAS_FLOOR := datasets,tensorboard,test
 
 .venv/.stamp: pyproject.toml setup.py constraints.txt
