@@ -8,7 +8,20 @@ from tests.mutants.of_attention_cpp import ATTENTION_CPP, ATTENTION_CSRC
 from tests.mutants.of_csrc import CSRC
 from tests.mutants.of_head import HEAD
 from tests.mutants.of_layers import LAYERS, LAYERS_CSRC
+from tests.mutants.of_pairrm import PAIRRM
 from tests.mutants.of_ranks import RANKS
 from tests.mutants.of_triton import TRITON
 
-MUTANTS = [*TRITON, *ADAMW, *HEAD, *ATTENTION, *ATTENTION_CPP, *LAYERS, *RANKS, *CSRC, *ATTENTION_CSRC, *LAYERS_CSRC]
+MUTANTS = [
+    *TRITON,
+    *ADAMW,
+    *HEAD,
+    *ATTENTION,
+    *ATTENTION_CPP,
+    *LAYERS,
+    *RANKS,
+    *PAIRRM,
+    *CSRC,
+    *ATTENTION_CSRC,
+    *LAYERS_CSRC,
+]
