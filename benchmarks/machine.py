@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
-PACKAGES = ("triton", "transformers", *PEERS)
+PACKAGES = ("triton", "transformers", "llm-blender", *PEERS)
 SOURCES = ("selm_fast/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h", "setup.py", "benchmarks/**/*.py")
 
 

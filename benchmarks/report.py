@@ -5,7 +5,7 @@
 
 A result is a JSON file that `make bench` or `make gpu-bench` has written: of each machine the newest is shown. What
 `bench_scaling.py` has written on its own, with more points, rows and rounds, stands below it, and below that what
-`make gpu-train` has written, of each GPU the newest.
+`make gpu-train` has written, of each GPU the newest, and what `bench_rank.py` has written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_scaling, machine
+from benchmarks import bench_rank, bench_scaling, machine
 from benchmarks.train import device_tables, field, plots, tables
 
 RESULTS = Path("benchmarks/RESULTS.md")
@@ -63,11 +63,16 @@ def gpu_trainings(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return sorted(newest.values(), key=lambda pair: pair[0].name)
 
 
+def rankings(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """What bench_rank.py has written, a file a machine, by file name."""
+    return [(path, json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("rank_*.json"))]
+
+
 def provenance(result: Mapping[str, Any]) -> str:
     """Where a figure comes from: machine, versions, commit, command."""
     facts, versions = result["machine"], result["versions"]
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores ({facts['cpu_capability']})"
-    names = ("torch", "transformers", "trl", "python")
+    names = ("torch", "transformers", "trl", "llm-blender", "python")
     used = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
     made = result["commit"]
     source = f"commit {made['id'][:7]}" if made["id"] else f"sources {made['sources'][:7]}"
@@ -78,7 +83,7 @@ def provenance(result: Mapping[str, Any]) -> str:
 
 def page(
     found: Sequence[tuple[Path, Mapping[str, Any]]], scaled: Sequence[tuple[Path, Mapping[str, Any]]] = (),
-    on_gpus: Sequence[tuple[Path, Mapping[str, Any]]] = (),
+    on_gpus: Sequence[tuple[Path, Mapping[str, Any]]] = (), ranked: Sequence[tuple[Path, Mapping[str, Any]]] = (),
 ) -> str:  # fmt: skip
     """RESULTS.md."""
     lines = ["# Results", "", "Made by `python -m benchmarks.report` from the files in `benchmarks/results`.", ""]
@@ -97,6 +102,10 @@ def page(
         lines += [*([""] if lines[-1] else []), f"## {result['gpu_train']['device_name']}, steps of large models", ""]
         lines += [f"{provenance(result)}; [figures](results/{path.name}).", ""]
         lines += device_tables.table(result["gpu_train"])
+    for path, result in ranked:
+        lines += [*([""] if lines[-1] else []), f"## {result['rank']['device_name']}, PairRM", ""]
+        lines += [f"{provenance(result)}; [figures](results/{path.name}).", ""]
+        lines += bench_rank.table(result["rank"])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -139,7 +148,7 @@ def rendered(root: Path) -> dict[Path, str]:
         raise ValueError(f"{README} must have one place between {BEGIN!r} and {END!r}")
     table = f"{BEGIN}\n{summary(found)}\n{END}"
     return {
-        root / RESULTS: page(found, scalings(folder), gpu_trainings(folder)),
+        root / RESULTS: page(found, scalings(folder), gpu_trainings(folder), rankings(folder)),
         root / README: pattern.sub(lambda _: table, text),
     }
 
