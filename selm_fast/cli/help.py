@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from selm_fast.cli.estimate import OPTIONS
-from selm_fast.cli.run import SWITCHES, UNTIL
+from selm_fast.cli.run import SWITCHES, UNTIL, VLLM_PYTHON
 from selm_fast.cli.schema import Setting, sections, settings
 from selm_fast.cli.shipped import shipped
 from selm_fast.cli.train import NPROC
@@ -37,12 +37,13 @@ def train_help(prog: str, summary: str) -> str:
 
 def run_help(prog: str, summary: str) -> str:
     """Usage of `run`, the recipes there are, and a flag for every setting, those of one iteration among them."""
-    usage = f"{prog} RECIPE [--dry-run] [--until STAGE] [--redo] [--SETTING VALUE ...]"
+    usage = f"{prog} RECIPE [--dry-run] [--until STAGE] [--redo] [--vllm-python PATH] [--SETTING VALUE ...]"
     parser = argparse.ArgumentParser(prog=prog, usage=usage, description=f"{summary} {_ORDER}")
     parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file of settings, or one of {', '.join(shipped())}")
     for name, description in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=description)
-    parser.add_argument(f"--{UNTIL.name}", metavar=UNTIL.metavar, help=UNTIL.description)
+    for option in (UNTIL, VLLM_PYTHON):
+        parser.add_argument(f"--{option.name}", metavar=option.metavar, help=option.description)
     _add_settings(parser, RunConfig)
     one = parser.add_argument_group("one iteration", "Settings of one iteration alone, counted from 1.")
     one.add_argument(

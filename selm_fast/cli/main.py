@@ -122,7 +122,7 @@ def _run(arguments: list[str], prog: str, summary: str) -> int:
     from selm_fast.iteration.run import run
 
     _quiet_transformers()
-    run(asked.config, until=asked.until, redo=asked.redo, dry_run=asked.dry_run)
+    run(asked.config, until=asked.until, redo=asked.redo, dry_run=asked.dry_run, vllm_python=asked.vllm_python)
     return 0
 
 

@@ -23,6 +23,17 @@ UNTIL = Setting(
     default=None,
     description="stop once this stage is done",
 )
+VLLM_PYTHON = Setting(
+    name="vllm-python",
+    section="",
+    kind="string",
+    is_path=True,
+    choices=(),
+    optional=False,
+    bounds=(),
+    default=None,
+    description="Python of the environment that has vLLM, for rollout.engine vllm (default: this one)",
+)
 SWITCHES = {
     "dry-run": "say what would be done, and do nothing",
     "redo": "do again the stages that changed settings invalidate",
@@ -37,6 +48,7 @@ class RunArguments:
     until: str | None
     redo: bool
     dry_run: bool
+    vllm_python: str | None
 
 
 def run_arguments(arguments: Sequence[str]) -> RunArguments:
@@ -44,11 +56,13 @@ def run_arguments(arguments: Sequence[str]) -> RunArguments:
 
     Raises: Refused for what is not understood, and where there is no recipe.
     """
-    split = split_arguments(arguments, RunConfig, {UNTIL.name: UNTIL} | dict.fromkeys(SWITCHES))
+    own: dict[str, Setting | None] = {UNTIL.name: UNTIL, VLLM_PYTHON.name: VLLM_PYTHON} | dict.fromkeys(SWITCHES)
+    split = split_arguments(arguments, RunConfig, own)
     if split.recipe is None:
         raise Refused(f"no recipe is given; expected a YAML file or one of {', '.join(shipped())}")
     path = find_recipe(split.recipe)
     config = load_run_config(path, split.flags)
     if config.output_dir is None:
         config = config.model_copy(update={"output_dir": Path("runs") / path.stem})
-    return RunArguments(config, split.options.get("until"), "redo" in split.options, "dry-run" in split.options)
+    given = split.options
+    return RunArguments(config, given.get(UNTIL.name), "redo" in given, "dry-run" in given, given.get(VLLM_PYTHON.name))

@@ -3,8 +3,11 @@
 Importing this package does not import torch, so that `--help`, `validate` and configuration errors are quick.
 """
 
+from selm_fast.config.run import API_KEY as API_KEY
+from selm_fast.config.run import PAIRRM as PAIRRM
 from selm_fast.config.run import PER_ITERATION as PER_ITERATION
 from selm_fast.config.run import EvaluationConfig as EvaluationConfig
+from selm_fast.config.run import PairRMConfig as PairRMConfig
 from selm_fast.config.run import RankConfig as RankConfig
 from selm_fast.config.run import RolloutConfig as RolloutConfig
 from selm_fast.config.run import RunConfig as RunConfig

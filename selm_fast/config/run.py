@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
 from selm_fast.config.training import Config, Count, Fraction, NonNegative, Positive, PositiveCount, Section
+
+PAIRRM: Final = "pairrm"
+API_KEY: Final = "SELM_FAST_API_KEY"  # the environment variable that holds the key of the servers
 
 
 class RolloutConfig(Section):
     """What the policy answers, and how the answers are generated."""
 
-    engine: Literal["transformers"] = Field("transformers", description="what generates: transformers' own generate")
+    engine: Literal["transformers", "server", "vllm"] = Field(
+        "transformers",
+        description="what generates: transformers' own generate; the completion servers of rollout.servers; "
+        "or vLLM servers started here, one for each GPU",
+    )
+    servers: str | None = Field(
+        None,
+        description="base URLs of OpenAI-compatible completion servers, separated by commas: "
+        "http://node1:8000,http://node2:8000",
+    )
+    concurrency: PositiveCount = Field(128, description="requests under way at each server, at most")
+    timeout_s: Positive = Field(600.0, description="seconds that a server may take for one response")
+    wait_s: Positive = Field(600.0, description="seconds that a server may be away, or take to start or to load")
     responses: Count = Field(
         1, description="responses of the policy to each prompt; 0 trains on the offline pair as the rows rank it"
     )
@@ -28,6 +45,38 @@ class RolloutConfig(Section):
     max_tokens: PositiveCount = Field(65536, description="padded tokens of one batch, prompts and responses together")
     shard_prompts: PositiveCount = Field(256, description="prompts of a file: what a stop loses at most")
 
+    @field_validator("servers")
+    @classmethod
+    def _urls(cls, servers: str | None) -> str | None:
+        servers = None if servers is None else ",".join(url.strip() for url in servers.split(","))
+        for url in [] if servers is None else servers.split(","):
+            parts = urlsplit(url)
+            _ = parts.port  # a ValueError where it is no number of a port
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+                raise ValueError(f"{url!r} is no base URL of a server; expected http://HOST:PORT, several with commas")
+            if parts.username is not None or parts.password is not None:
+                raise ValueError(
+                    f"the URL of {parts.hostname} holds a name or password; put the key of the servers in {API_KEY}"
+                )
+        return servers
+
+    @model_validator(mode="after")
+    def _servers_where_asked(self) -> Self:
+        if self.engine == "server" and self.servers is None:
+            raise ValueError("rollout.engine is server and rollout.servers is not set: give the URLs of the servers")
+        if self.engine != "server" and self.servers is not None:
+            raise ValueError(
+                f"rollout.servers is set and rollout.engine is {self.engine}; set rollout.engine to server, or "
+                "rollout.servers to null"
+            )
+        return self
+
+    @property
+    def urls(self) -> list[str]:
+        """Base URLs of the servers, without the path of the API."""
+        found = [] if self.servers is None else self.servers.split(",")
+        return list(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in found))
+
 
 class RankConfig(Section):
     """Which candidates there are, and which groups are worth training on."""
@@ -37,6 +86,22 @@ class RankConfig(Section):
     batch_prompts: PositiveCount = Field(64, description="prompts of one call of the ranker")
     timeout_s: Positive = Field(600.0, description="seconds that one call of the ranker may take")
     max_skipped: Fraction = Field(0.05, description="share of prompts that may be skipped before it is an error")
+
+
+class PairRMConfig(Section):
+    """The ranker `pairrm`: which checkpoint, and how it computes."""
+
+    path: str = Field("llm-blender/PairRM", description="folder or hub name of a PairRM checkpoint in safetensors")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None,
+        description="of its computation; bfloat16 changes ranks (default: float16 on a GPU, float32 on a CPU)",
+    )
+    max_tokens: PositiveCount = Field(16384, description="padded tokens of one batch, at most")
+
+    @field_validator("path")
+    @classmethod
+    def _home(cls, path: str) -> str:
+        return os.path.expanduser(path)
 
 
 class EvaluationConfig(Section):
@@ -55,7 +120,7 @@ class RunConfig(Config):
     reference: Literal["previous", "base"] = Field(
         "previous", description="reference of each iteration: the iterate before, or the model the run began with"
     )
-    ranker: str | None = Field(None, description="scores candidates: python:MODULE:FUNCTION")
+    ranker: str | None = Field(None, description="scores candidates: pairrm, or python:MODULE:FUNCTION")
     prepare: str | None = Field(
         None, description="makes model and rows first, in the run's own folder: python:MODULE:FUNCTION"
     )
@@ -64,6 +129,7 @@ class RunConfig(Config):
     )
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     rank: RankConfig = Field(default_factory=RankConfig)
+    pairrm: PairRMConfig = Field(default_factory=PairRMConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     iteration: dict[PositiveCount, dict[str, Any]] = Field(
         default_factory=dict, description="settings of one iteration alone, by its number"
@@ -80,9 +146,10 @@ class RunConfig(Config):
             raise ValueError(
                 "prepare makes the model and the rows; drop model.path, model.tokenizer, data.train and data.eval"
             )
-        for name, function in (("ranker", self.ranker), ("prepare", self.prepare)):
-            if function is not None:
-                parse_function(name, function)
+        if self.ranker is not None and self.ranker != PAIRRM:
+            parse_function("ranker", self.ranker, or_else=PAIRRM)
+        if self.prepare is not None:
+            parse_function("prepare", self.prepare)
         return self
 
     @model_validator(mode="after")
@@ -162,11 +229,12 @@ def _inside(error: ValidationError, *outer: str | int) -> list[InitErrorDetails]
     ]
 
 
-def parse_function(name: str, value: str) -> tuple[str, str]:
-    """Module and function of a setting that names one. Raises ValueError."""
+def parse_function(name: str, value: str, or_else: str | None = None) -> tuple[str, str]:
+    """Module and function of a setting that names one, or that may be `or_else` besides. Raises ValueError."""
     match = re.fullmatch(r"python:([\w.]+):(\w+)", value)
     if match is None:
-        raise ValueError(f"{name} is {value!r}; expected python:MODULE:FUNCTION")
+        either = "" if or_else is None else f"{or_else} or "
+        raise ValueError(f"{name} is {value!r}; expected {either}python:MODULE:FUNCTION")
     return match[1], match[2]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.box import SIMPLE
 from rich.table import Table
 
+from selm_fast.config import PAIRRM
 from selm_fast.iteration.estimate import (
     BANDWIDTH_SHARE,
     UTILISATION,
@@ -28,7 +29,7 @@ def describe_plan(paths: Paths, statuses: Sequence[Status], display: Display) ->
     """Print every stage with its state, counts, disk and hours, and the sums. Raises Refused as `estimate` does."""
     config = paths.config
     if config.ranker is None:
-        display.say("ranker is not set; a run needs one: --ranker python:MODULE:FUNCTION")
+        display.say("ranker is not set; a run needs one: --ranker pairrm, or --ranker python:MODULE:FUNCTION")
     found = estimate(paths)
     gpus = _num_gpus(config.device)
     processes = config.processes or gpus
@@ -77,8 +78,10 @@ def _sums(
         f"{show_size(free)} are free{'' if free > peak else ': TOO LITTLE'}"
     )
     assert found.speed is not None
+    unknown = {"ranker": found.config.ranker != PAIRRM, "servers": found.config.rollout.engine == "server"}
+    left_out = "".join(f", {name} not counted" for name, is_unknown in unknown.items() if is_unknown)
     display.say(
-        f"time: {show_duration(seconds)} to go on {max(devices.values())} x {found.speed.name}, ranker not counted: "
+        f"time: {show_duration(seconds)} to go on {max(devices.values())} x {found.speed.name}{left_out}: "
         f"{found.model.weights / 1e9:.3g}B weights at {UTILISATION:.0%} of the {found.speed.flops / 1e12:.3g} "
         f"TFLOP/s and {BANDWIDTH_SHARE:.0%} of the {found.speed.bandwidth / 1e9:.3g} GB/s measured just now"
     )

@@ -1,7 +1,8 @@
 """What a run will take, before it begins: prompts, steps, disk and hours of every stage, from settings and rows alone.
 
 Hours are arithmetic, not a promise: the FLOPs of `selm_fast.roofline` over the speed of a matmul measured on the spot,
-at a stated utilisation; decoding is bound by reading the weights once a token. A ranker's own time is not known.
+at a stated utilisation; decoding is bound by reading the weights once a token. What the user's own ranker, or servers
+elsewhere, will take is not known.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from selm_fast.config import RunConfig
+from selm_fast.config import PAIRRM, RunConfig
 from selm_fast.data.sources import count_rows
 from selm_fast.errors import Refused
 from selm_fast.iteration.facts import CHARACTERS_A_TOKEN, Lengths, Model, Speed, device_speed, mean_lengths, model_size
 from selm_fast.iteration.paths import Paths
 from selm_fast.iteration.plan import Stage, num_portions
+from selm_fast.pairrm import work as pairrm
 from selm_fast.roofline import HeadMode, Settings, Work, flops
 from selm_fast.training.room import head_mode
 
 UTILISATION: Final = 0.4  # share of a bare matmul's speed that forward and backward passes reach
+PAIRRM_UTILISATION: Final = 0.2  # the same of PairRM, whose attention is not fused
 BANDWIDTH_SHARE: Final = 0.5  # share of a bare copy's speed at which decoding reads the weights
 _JSON_BYTES_A_TOKEN: Final = 7  # of an id with its comma
 _CACHE_BYTES_A_SEQUENCE: Final = 24  # a key and a log-prob
@@ -99,7 +102,13 @@ class Estimate:
             f"{candidates} candidates for each of {prompts:,} prompts" if at.generates else f"{prompts:,} offline pairs"
         )
         size = prompts * (self._prompt + 3 * self._response(at)) * _JSON_BYTES_A_TOKEN
-        return Cost(what, size, 2 * size, None if at.generates else 0.0)
+        if not at.generates:
+            return Cost(what, size, 2 * size, 0.0)
+        if at.ranker != PAIRRM:
+            return Cost(what, size, 2 * size, None)
+        rows = prompts * candidates * (candidates - 1)
+        seconds = self._scoring(rows, self._prompt + 2 * self._response(at))
+        return Cost(f"{what}, {rows:,} rows of PairRM", size, 2 * size, seconds)
 
     def _cache(self, stage: Stage, at: RunConfig) -> Cost:
         groups = self.portion(stage.iteration)
@@ -143,12 +152,25 @@ class Estimate:
             return None
         return needed / (UTILISATION * self.speed.flops)
 
-    def _generation(self, prompts: int, copies: int, at: RunConfig) -> float | None:
-        """Prefill, and one token after another for as many batches as it takes, each as long as it may be."""
-        if self.model is None or self.speed is None:
+    def _scoring(self, rows: int, tokens: float) -> float | None:
+        """Seconds of so many rows of PairRM."""
+        if self.speed is None:
             return None
-        batches = prompts * copies * (self._prompt + at.rollout.max_new_tokens) / at.rollout.max_tokens
-        steps = max(1.0, batches) * at.rollout.max_new_tokens
+        return pairrm.flops(rows, tokens, pairrm.deberta_v3_large()) / (PAIRRM_UTILISATION * self.speed.flops)
+
+    def _generation(self, prompts: int, copies: int, at: RunConfig) -> float | None:
+        """Prefill, and one token after another for as many batches as it takes, each as long as it may be.
+
+        A vLLM server has `rollout.concurrency` responses under way and begins the next one where one ends.
+        """
+        if self.model is None or self.speed is None or at.rollout.engine == "server":
+            return None
+        if at.rollout.engine == "vllm":
+            rounds = max(1.0, prompts * copies / at.rollout.concurrency)
+            steps = rounds * self._response(at)
+        else:
+            batches = prompts * copies * (self._prompt + at.rollout.max_new_tokens) / at.rollout.max_tokens
+            steps = max(1.0, batches) * at.rollout.max_new_tokens
         reading = steps * self.model.weights * self.model.compute_bytes / (BANDWIDTH_SHARE * self.speed.bandwidth)
         peak = UTILISATION * self.speed.flops
         prefill = self._forward(Work.of_means(prompts, self._prompt, 1, 1)) / peak

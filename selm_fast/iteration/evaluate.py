@@ -13,12 +13,14 @@ import torch
 from selm_fast.data.dataset import LengthStats
 from selm_fast.data.packing import TokenGroup, pack, sequence_key
 from selm_fast.data.tokenizer import load_tokenizer
-from selm_fast.errors import Stopped
+from selm_fast.errors import RunFailed, Stopped
+from selm_fast.iteration.engines import open_engine
 from selm_fast.iteration.job import Job, read_lines, write_lines
 from selm_fast.iteration.prompts import Prompt
-from selm_fast.iteration.rank import held_out_prompts, score_in_batches
-from selm_fast.iteration.rollout import POLICY, Sampling, answer_prompts, check_cut, shard_lines
-from selm_fast.iteration.scorer import PythonScorer, Scorer
+from selm_fast.iteration.rank import held_out_prompts
+from selm_fast.iteration.rankers import Ranker, open_ranker
+from selm_fast.iteration.rollout import POLICY, answer_prompts, check_asked, check_cut, shard_lines
+from selm_fast.iteration.shards import SKIPPED, Sampling
 from selm_fast.iteration.win_rate import mean_interval, win_rate
 from selm_fast.model import Policy
 from selm_fast.training import storage
@@ -33,12 +35,15 @@ def evaluate(job: Job) -> None:
     number = job.stage.iteration
     tokenizer = load_tokenizer(job.paths.tokenizer)
     prompts = held_out_prompts(job, tokenizer)
-    model = job.paths.iterate(number)
-    answer_prompts(job, tokenizer, prompts, model=model, stem=POLICY, sampling=Sampling())
-    if number == 0:
-        return
-    answer_prompts(job, tokenizer, prompts, model=model, stem=SAMPLE, sampling=Sampling(temperature=1.0))
-    samples = [(line["prompt_ids"], line["responses"][0]["ids"]) for line in shard_lines(job.folder, SAMPLE)]
+    with open_engine(job, tokenizer, job.paths.iterate(number)) as engine:
+        answer_prompts(job, tokenizer, prompts, engine, stem=POLICY, sampling=Sampling())
+        if number == 0:
+            return
+        answer_prompts(job, tokenizer, prompts, engine, stem=SAMPLE, sampling=Sampling(temperature=1.0))
+    lines = shard_lines(job.folder, SAMPLE)
+    samples = [(line["prompt_ids"], ids) for line in lines if (ids := line["responses"][0]["ids"])]
+    if not samples:
+        return  # `finish_evaluate` says why
     for name, other in _compared(job).items():
         path = job.scratch / f"logps-{name}.json"
         if not path.exists():
@@ -51,15 +56,19 @@ def finish_evaluate(job: Job) -> dict[str, Any]:
     number = job.stage.iteration
     prompts = held_out_prompts(job, load_tokenizer(job.paths.tokenizer), pair_ids=True)
     found = {line["row"]: line["responses"][0] for line in shard_lines(job.folder, POLICY)}
+    check_asked(job, list(found.values()))
     check_cut(job, list(found.values()))
     counts: dict[str, Any] = {"prompts": len(prompts)}
-    lines = [_line(prompt, found[prompt.row]) for prompt in prompts]
+    # A prompt that no server could be asked is no loss of the model's.
+    lines = [_line(prompt, found[prompt.row]) for prompt in prompts if found[prompt.row]["finish"] != SKIPPED]
+    if not lines:
+        raise RunFailed(f"none of {len(prompts)} held-out prompts has a response; see {job.folder}")
     if job.config.ranker is not None:
-        with PythonScorer(job.config.ranker, timeout_s=job.config.rank.timeout_s) as scorer:
-            counts |= _rewards(job, scorer, lines)
+        with open_ranker(job.config) as ranker:
+            counts |= _rewards(job, ranker, lines)
             others = {"base": 0, "first": 1}
             counts["win_rate"] |= {
-                name: _against(job, scorer, lines, other) for name, other in others.items() if other < number
+                name: _against(job, ranker, lines, other) for name, other in others.items() if other < number
             }
     write_lines(job.folder / RESPONSES, lines)
     lengths = LengthStats.of(line["tokens"] for line in lines)
@@ -86,10 +95,10 @@ def _line(prompt: Prompt, response: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rewards(job: Job, scorer: Scorer, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _rewards(job: Job, ranker: Ranker, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Score each response beside its reference answer, or alone; the scores go into the lines."""
     texts = [(line["prompt"], [line["response"], *filter(None, [line["reference"]])]) for line in lines]
-    scores = score_in_batches(scorer, job.config, texts, lambda _: None)
+    scores = ranker.score(texts, lambda _: _check_stop(job))
     for line, values in zip(lines, scores, strict=True):
         line["score"] = _finite(values[0])
         line["reference_score"] = _finite(values[1]) if len(values) > 1 else None
@@ -105,11 +114,12 @@ def _rewards(job: Job, scorer: Scorer, lines: Sequence[dict[str, Any]]) -> dict[
     return rewards | {"win_rate": {"reference": versus}}
 
 
-def _against(job: Job, scorer: Scorer, lines: Sequence[dict[str, Any]], other: int) -> dict[str, Any]:
+def _against(job: Job, ranker: Ranker, lines: Sequence[dict[str, Any]], other: int) -> dict[str, Any]:
     """Win rate against the responses of an earlier iterate, scored side by side."""
     theirs = {line["row"]: line for line in read_lines(job.paths.stage(other, "evaluate"), RESPONSES)}
+    lines = [line for line in lines if line["row"] in theirs]
     texts = [(line["prompt"], [line["response"], theirs[line["row"]]["response"]]) for line in lines]
-    scores = np.array(score_in_batches(scorer, job.config, texts, lambda _: None)).reshape(-1, 2)
+    scores = np.array(ranker.score(texts, lambda _: _check_stop(job))).reshape(-1, 2)
     tokens = [theirs[line["row"]]["tokens"] for line in lines]
     return win_rate(scores[:, 0], scores[:, 1], [line["tokens"] for line in lines], tokens)
 
@@ -140,12 +150,16 @@ def _log_probs(job: Job, model: str, samples: Sequence[tuple[list[int], list[int
     longest = max(group.num_tokens() for group in groups)
     with torch.no_grad(), job.display.phase(f"log-probs, {name}", len(groups), "samples") as phase:
         for batch in pack(groups, max_tokens=max(longest, job.config.batch.max_tokens)):
-            if job.stop.requested:
-                raise Stopped(f"stopped in {job.stage.title}; its responses are saved")
+            _check_stop(job)
             values = policy.sequence_logps(batch.to(device)).cpu()
             by_key |= dict(zip(batch.sequence_keys, values.tolist(), strict=True))
             phase.advance(batch.num_groups)
     return [by_key[sequence_key(prompt, ids)] for prompt, ids in samples]
+
+
+def _check_stop(job: Job) -> None:
+    if job.stop.requested:
+        raise Stopped(f"stopped in {job.stage.title}; its responses are saved")
 
 
 def _divergences(job: Job) -> dict[str, Any]:

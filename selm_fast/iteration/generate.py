@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from selm_fast.config import RunConfig
 from selm_fast.data.tokenizer import Tokenizer
 from selm_fast.errors import Refused
+from selm_fast.iteration.job import Job
+from selm_fast.iteration.prompts import Prompt
+from selm_fast.iteration.shards import Response, Sampling, Shard
 from selm_fast.model import support
 from selm_fast.training.machine import choose_device
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
-    """Ids of one response, with the EOS that ended it where one did, and why it ended."""
+class LocalEngine:
+    """A model in this process, loaded when it is first asked."""
 
-    ids: list[int]
-    finish: Literal["stop", "length"]
+    def __init__(self, job: Job, tokenizer: Tokenizer, model: str) -> None:
+        """model: folder or hub name."""
+        self._job, self._tokenizer, self._model = job, tokenizer, model
+        self._generator: Generator | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._generator = None  # and with it the memory of its weights
+
+    def answer(
+        self,
+        shards: Sequence[Shard],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: Callable[[str], int],
+        on_answered: Callable[[int], None],
+    ) -> Iterator[tuple[Shard, dict[int, list[Response]]]]:
+        """As `Engine.answer`, batch by batch."""
+        if self._generator is None:
+            self._generator = Generator(self._model, self._tokenizer, self._job.config)
+        for shard in shards:
+            answers: dict[int, list[Response]] = {}
+            with torch.random.fork_rng():
+                torch.manual_seed(seed(shard.name))
+                for batch in shard.batches:
+                    if self._job.stop.requested:
+                        return
+                    ids = [prompts[index].ids for index in batch]
+                    found = self._generator.answer(
+                        ids, copies=sampling.copies, temperature=sampling.temperature, top_p=sampling.top_p
+                    )
+                    answers |= dict(zip(batch, found, strict=True))
+                    on_answered(len(batch))
+            yield shard, answers
 
 
 class Generator:
@@ -45,14 +84,8 @@ class Generator:
             raise Refused(f"{path} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
         self.model = model.to(device).eval()
         self.limit: int = config.rollout.max_new_tokens
-        room = getattr(model.config, "max_position_embeddings", None)
-        if room is not None and config.data.max_prompt_length + self.limit > room:
-            raise Refused(
-                f"rollout.max_new_tokens is {self.limit} and data.max_prompt_length {config.data.max_prompt_length}; "
-                f"{path} has {room} positions: lower one of them"
-            )
-        own = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.eos_ids = sorted(tokenizer.eos_ids | set([own] if isinstance(own, int) else own or ()))
+        check_positions(path, model.config, config)
+        self.eos_ids = eos_ids(tokenizer, model.generation_config)
 
     @torch.no_grad()
     def answer(
@@ -78,3 +111,20 @@ class Generator:
     def _response(self, ids: list[int]) -> Response:
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
         return Response(ids, "length") if end is None else Response(ids[: end + 1], "stop")
+
+
+def check_positions(path: str, model: PretrainedConfig, config: RunConfig) -> None:
+    """Raise Refused where a model has no room for prompt and response."""
+    room = getattr(model, "max_position_embeddings", None)
+    limit, prompt = config.rollout.max_new_tokens, config.data.max_prompt_length
+    if room is not None and prompt + limit > room:
+        raise Refused(
+            f"rollout.max_new_tokens is {limit} and data.max_prompt_length {prompt}; "
+            f"{path} has {room} positions: lower one of them"
+        )
+
+
+def eos_ids(tokenizer: Tokenizer, generation: GenerationConfig | None) -> list[int]:
+    """The tokens that end a response: the tokenizer's and its template's, and those of the model's own file."""
+    own = None if generation is None else generation.eos_token_id
+    return sorted(tokenizer.eos_ids | set([own] if isinstance(own, int) else own or ()))

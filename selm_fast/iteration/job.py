@@ -25,6 +25,7 @@ class Job:
 
     config: the settings of this iteration.  index, count: which of how many processes this is.
     ranks: processes that train together, which the packs of the cache stage depend on.
+    vllm_python: the interpreter that has vLLM, None for this one.
     """
 
     paths: Paths
@@ -35,6 +36,7 @@ class Job:
     index: int = 0
     count: int = 1
     ranks: int = 1
+    vllm_python: str | None = None
 
     @property
     def folder(self) -> Path:

@@ -45,9 +45,15 @@ class Launcher(Protocol):
 class Processes:
     """Stages as processes, forked from one that has imported what they need."""
 
-    def __init__(self, paths: Paths, display: Display, stop: StopFlag, *, lock: int) -> None:
-        """lock: descriptor of the run's lock; the processes hold it too, so that none of them outlives it."""
+    def __init__(
+        self, paths: Paths, display: Display, stop: StopFlag, *, lock: int, vllm_python: str | None = None
+    ) -> None:
+        """lock: descriptor of the run's lock; the processes hold it too, so that none of them outlives it.
+
+        vllm_python: as in `Job`.
+        """
         self._paths, self._display, self._stop, self._lock = paths, display, stop, lock
+        self._vllm_python = vllm_python
         self._worker: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._gpus: int | None = None  # until the worker says
@@ -82,6 +88,8 @@ class Processes:
             return self._ranks()
         if stage.name not in PARALLEL:
             return 1
+        if stage.name == "rollout" and stage.settings_of(self._paths.config).rollout.engine != "transformers":
+            return 1  # the servers share the work
         return self._paths.config.processes or max(1, self._usable_gpus())
 
     def _ranks(self) -> int:
@@ -110,6 +118,7 @@ class Processes:
             "count": of if seconds is None else 1,
             "of": of,
             "ranks": self._ranks(),
+            "vllm_python": self._vllm_python,
             "seconds": seconds,
         }
         assert self._worker is not None and self._worker.stdin is not None

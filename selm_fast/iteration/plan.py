@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
-from selm_fast.config import RunConfig
+from selm_fast.config import PAIRRM, RunConfig
 
 STAGES: Final = ("rollout", "rank", "cache", "train", "evaluate")
 PARALLEL: Final = ("rollout", "rank", "cache")  # run in one process for each GPU
@@ -32,6 +32,8 @@ _SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "evaluate": (*_COMPUTE, *_GENERATION, "ranker", "batch.max_tokens", "evaluation"),
 }  # fmt: skip
+# And where PairRM ranks: the sums of its batches differ in their last bits.
+_PAIRRM: Final = ("device", "pairrm.dtype", "pairrm.max_tokens")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def plan_stages(config: RunConfig, sources: Mapping[str, str]) -> list[Stage]:
     """Every stage of a run, in order.
 
     sources: identities of what the run begins with: `model`, `data`, `eval` where there are held-out prompts, and
-    `tokenizer` where it is not the model's; not needed where `prepare` makes them.
+    `tokenizer` where it is not the model's; not needed where `prepare` makes them.  `ranker`: of PairRM's checkpoint.
     """
     return list(_stages(config, sources))
 
@@ -85,14 +87,15 @@ def _stages(config: RunConfig, sources: Mapping[str, str]) -> Iterator[Stage]:
     if config.prepare is not None:
         prepare = Stage("prepare", 0, _settings("prepare", config), {})
         yield prepare
-        sources = dict.fromkeys(("model", "data", "eval"), prepare.key)
+        sources = {**sources, **dict.fromkeys(("model", "data", "eval"), prepare.key)}
     models = [sources["model"]]
     # Read by every stage, where it is not the model's own.
     tokenizer = {"tokenizer": sources["tokenizer"]} if "tokenizer" in sources else {}
+    ranker = {"ranker": sources["ranker"]} if "ranker" in sources else {}
     evaluations: list[Stage] = []
     if "eval" in sources:
         start = {name: sources[name] for name in ("model", "eval")}
-        evaluations.append(Stage("evaluate", 0, _settings("evaluate", config), start | tokenizer))
+        evaluations.append(Stage("evaluate", 0, _settings("evaluate", config), start | tokenizer | ranker))
         yield evaluations[0]
     for number in range(1, config.iterations + 1):
         at = config.at(number)
@@ -104,7 +107,7 @@ def _stages(config: RunConfig, sources: Mapping[str, str]) -> Iterator[Stage]:
             data |= {"rollout": rollout.key}
         held_out = {"held_out": evaluations[-1].key} if evaluations else {}
         explores = {"explores": at.exploration_weight != 0}
-        rank = Stage("rank", number, _settings("rank", at) | explores, data | held_out)
+        rank = Stage("rank", number, _settings("rank", at) | explores, data | held_out | ranker)
         yield rank
         reference = models[0] if config.reference == "base" else models[-1]
         ranked = {"rank": rank.key, "reference": reference} | tokenizer
@@ -115,7 +118,7 @@ def _stages(config: RunConfig, sources: Mapping[str, str]) -> Iterator[Stage]:
         models.append(train.key)
         if evaluations:
             before = {"base": evaluations[0].key} | ({"first": evaluations[1].key} if number > 1 else {})
-            inputs = {"model": train.key, "eval": sources["eval"], "reference": reference} | before | tokenizer
+            inputs = {"model": train.key, "eval": sources["eval"], "reference": reference} | before | tokenizer | ranker
             evaluations.append(Stage("evaluate", number, _settings("evaluate", config), inputs))
             yield evaluations[-1]
 
@@ -124,7 +127,10 @@ def _settings(stage: str, config: RunConfig) -> dict[str, Any]:
     values = config.to_json()
     values["portions"] = num_portions(config)
     found: dict[str, Any] = {}
-    for name in _SETTINGS[stage]:
+    ranked_by_pairrm = stage in ("rank", "evaluate") and config.ranker == PAIRRM
+    for name in dict.fromkeys((*_SETTINGS[stage], *(_PAIRRM if ranked_by_pairrm else ()))):
+        if name == "rollout.max_tokens" and config.rollout.engine != "transformers":
+            continue  # servers batch as they like
         section, _, leaf = name.rpartition(".")
         value = values[section][leaf] if section else values[name]
         if isinstance(value, dict):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from selm_fast.config import RunConfig
 from selm_fast.data.tokenizer import Tokenizer, load_tokenizer
 from selm_fast.errors import RunFailed, Stopped
 from selm_fast.iteration.candidates import (
@@ -25,9 +24,10 @@ from selm_fast.iteration.candidates import (
 )
 from selm_fast.iteration.job import Job
 from selm_fast.iteration.prompts import Prompt, load_prompts
+from selm_fast.iteration.rankers import PairRMRanker, Ranker, Texts, open_ranker
 from selm_fast.iteration.rollout import BASE, POLICY, finished_lines, portion_prompts
-from selm_fast.iteration.scorer import PythonScorer, Scorer
 from selm_fast.training import storage
+from selm_fast.training.progress import Phase
 
 ROWS, HELD_OUT = "rows", "held_out"
 _Lines = Mapping[int, Mapping[str, Any]]
@@ -55,14 +55,19 @@ def rank(job: Job) -> None:
     if not missing:
         return
     job.scratch.mkdir(parents=True, exist_ok=True)
-    total = sum(len(chunks[name]) for name in missing)
-    ranks = any(question.given is None for name in missing for question in chunks[name])
-    opened = PythonScorer(str(job.config.ranker), timeout_s=job.config.rank.timeout_s) if ranks else nullcontext()
-    with opened as scorer, job.display.phase("ranking", total, "prompts") as phase:
-        for name in missing:
-            counts, lines = _rank_chunk(job, chunks[name], scorer, phase.advance)
-            head = {"counts": asdict(counts), "chunks": list(chunks), "unusable": dict(skipped)}
-            storage.write_atomic(job.scratch / name, (json.dumps(head) + "\n" + "".join(lines)).encode())
+    texts = {name: _texts(chunks[name]) for name in missing}
+    with ExitStack() as stack:
+        ranker = stack.enter_context(open_ranker(job.config)) if any(texts.values()) else None
+        total = sum(map(ranker.work, texts.values())) if ranker is not None else 0
+        with job.display.phase("ranking", total, ranker.unit if ranker is not None else "prompts") as phase:
+            for name in missing:
+                _check_stop(job)
+                scores = _scores(job, ranker, texts[name], phase) if ranker is not None and texts[name] else []
+                counts, lines = _choose(chunks[name], scores)
+                head = {"counts": asdict(counts), "chunks": list(chunks), "unusable": dict(skipped)}
+                storage.write_atomic(job.scratch / name, (json.dumps(head) + "\n" + "".join(lines)).encode())
+        if isinstance(ranker, PairRMRanker) and ranker.rows:
+            job.display.say(f"PairRM scored {ranker.rows:,} rows: {ranker.rows / ranker.seconds:.1f} rows/s")
 
 
 def finish_rank(job: Job) -> dict[str, Any]:
@@ -89,25 +94,6 @@ def finish_rank(job: Job) -> dict[str, Any]:
         storage.write_atomic(job.folder / f"{HELD_OUT}.jsonl", b"".join(texts[HELD_OUT]))
     held_out = results[HELD_OUT].to_json() if results[HELD_OUT].prompts else None
     return counts.to_json() | {"held_out": held_out}
-
-
-def score_in_batches(
-    scorer: Scorer, config: RunConfig, texts: Sequence[tuple[str, list[str]]], on_batch: Callable[[int], None]
-) -> list[list[float]]:
-    """Scores of every (prompt, candidates), `rank.batch_prompts` at a time; prompts may have any number of candidates.
-
-    on_batch: called with the number of prompts of each batch.
-    """
-    scores: list[list[float]] = [[] for _ in texts]
-    for width in sorted({len(candidates) for _, candidates in texts}):
-        alike = [index for index, (_, candidates) in enumerate(texts) if len(candidates) == width]
-        for start in range(0, len(alike), config.rank.batch_prompts):
-            batch = alike[start : start + config.rank.batch_prompts]
-            found = scorer.score([texts[i][0] for i in batch], [texts[i][1] for i in batch])
-            for index, row in zip(batch, found.tolist(), strict=True):
-                scores[index] = row
-            on_batch(len(batch))
-    return scores
 
 
 def held_out_prompts(job: Job, tokenizer: Tokenizer, *, pair_ids: bool = False) -> list[Prompt]:
@@ -173,21 +159,37 @@ def _offline(prompt: Prompt) -> list[Candidate]:
     return [Candidate(name, text, ids) for name, (text, ids) in zip(names, prompt.offline, strict=True)]
 
 
-def _rank_chunk(
-    job: Job, questions: Sequence[Question], scorer: Scorer | None, on_batch: Callable[[int], None]
-) -> tuple[RankCounts, list[str]]:
+def _texts(questions: Sequence[Question]) -> list[tuple[str, list[str]]]:
+    """What a ranker reads: of the questions that need one, in their order."""
+    return [(q.prompt.text, [c.text for c in q.candidates]) for q in questions if q.given is None and q.candidates]
+
+
+def _scores(job: Job, ranker: Ranker, texts: Texts, phase: Phase) -> list[list[float]]:
+    """Scores of a chunk; a stop is looked for between its batches."""
+    left = ranker.work(texts)
+
+    def on_done(count: int) -> None:
+        nonlocal left
+        left -= count
+        phase.advance(count)
+        if left:
+            _check_stop(job)
+
+    return ranker.score(texts, on_done)
+
+
+def _check_stop(job: Job) -> None:
     if job.stop.requested:
         raise Stopped(f"stopped in {job.stage.title}; what is ranked is saved")
-    texts = [(q.prompt.text, [c.text for c in q.candidates]) for q in questions if q.given is None and q.candidates]
-    ranked = iter(score_in_batches(scorer, job.config, texts, on_batch) if scorer is not None else [])
+
+
+def _choose(questions: Sequence[Question], scores: Sequence[list[float]]) -> tuple[RankCounts, list[str]]:
+    """Counts and lines of a chunk.  scores: of the questions of `_texts`."""
+    ranked = iter(scores)
     counts = RankCounts()
     lines = []
     for question in questions:
-        if not question.candidates:
-            scores: Iterable[float] = ()
-        else:
-            scores = question.given or next(ranked)
-        values = list(scores)
+        values = list(() if not question.candidates else question.given or next(ranked))
         choice = choose(question.candidates, values, question.min_margin)
         counts.add(question.candidates, values, choice, question.explored_ids)
         if not isinstance(choice, str):

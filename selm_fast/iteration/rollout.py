@@ -1,85 +1,26 @@
-"""Rollout: the responses of a model to the prompts of a portion, shard by shard.
-
-A shard is one fixed list of batches, generated whole: neither a stop nor the number of processes changes which prompts
-meet in a batch, so that both leave every response as it was.
-"""
+"""Rollout: the responses of a model to the prompts of a portion, shard by shard."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from selm_fast.data.dataset import LengthStats
 from selm_fast.data.tokenizer import Tokenizer, load_tokenizer
-from selm_fast.errors import Refused, RunFailed, Stopped
-from selm_fast.iteration.generate import Generator
+from selm_fast.errors import RunFailed, Stopped
+from selm_fast.iteration.engines import open_engine
 from selm_fast.iteration.job import Job, read_lines, write_lines
 from selm_fast.iteration.plan import num_portions
 from selm_fast.iteration.prompts import Prompt, Prompts, load_prompts
+from selm_fast.iteration.shards import LENGTH, SKIPPED, STOP, Engine, Response, Sampling, plan_shards
 
 POLICY, BASE = "policy", "base"
 _MANY_CUT = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One file of responses: by batch, indices into the prompts."""
-
-    name: str
-    batches: tuple[tuple[int, ...], ...]
-
-    @property
-    def num_prompts(self) -> int:
-        return sum(map(len, self.batches))
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a model answers: `copies` responses to each prompt; temperature 0 is greedy."""
-
-    copies: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-
-def plan_shards(
-    lengths: Sequence[int], *, stem: str, copies: int, max_new_tokens: int, max_tokens: int, shard_prompts: int
-) -> list[Shard]:
-    """Cut prompts, the longest first, into batches of at most `max_tokens` padded tokens and shards of whole batches.
-
-    lengths: tokens of each prompt.  shard_prompts: a shard is full once it has so many.
-    Raises Refused where one prompt alone exceeds a batch.
-    """
-    longest = max(lengths, default=0)
-    if copies * (longest + max_new_tokens) > max_tokens:
-        raise Refused(
-            f"rollout.max_tokens is {max_tokens}; {copies} responses of {max_new_tokens} tokens to a prompt of "
-            f"{longest} take {copies * (longest + max_new_tokens)}: raise it"
-        )
-    batches: list[list[int]] = []
-    room = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if room == 0:  # a batch is as wide as its first prompt
-            batches.append([])
-            room = max_tokens // (copies * (lengths[index] + max_new_tokens))
-        batches[-1].append(index)
-        room -= 1
-    shards: list[list[tuple[int, ...]]] = []
-    filled = shard_prompts
-    for batch in batches:
-        if filled >= shard_prompts:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tuple(batch))
-        filled += len(batch)
-    return [Shard(f"{stem}-{number:05d}.jsonl", tuple(members)) for number, members in enumerate(shards)]
 
 
 def rollout(job: Job) -> None:
@@ -87,7 +28,8 @@ def rollout(job: Job) -> None:
     tokenizer = load_tokenizer(job.paths.tokenizer)
     prompts = portion_prompts(job, tokenizer).prompts
     for stem, (model, sampling) in _passes(job).items():
-        answer_prompts(job, tokenizer, prompts, model=model, stem=stem, sampling=sampling)
+        with open_engine(job, tokenizer, model) as engine:
+            answer_prompts(job, tokenizer, prompts, engine, stem=stem, sampling=sampling)
 
 
 def finish_rollout(job: Job) -> dict[str, Any]:
@@ -101,23 +43,40 @@ def finish_rollout(job: Job) -> dict[str, Any]:
             raise RunFailed(f"{job.folder}: the {stem} shards do not hold every prompt once; remove the folder")
         assert all(len(line["responses"]) == sampling.copies for line in lines)
         responses += [response for line in lines for response in line["responses"]]
+    check_asked(job, responses)
     share = check_cut(job, responses)
+    finish = {STOP: 0, LENGTH: 0} | Counter(response["finish"] for response in responses)
+    retokenised = sum("retokenised" in response for response in responses)
     lengths = LengthStats.of(len(response["ids"]) for response in responses)
     job.display.say(
         f"{len(responses)} responses to {len(found.prompts)} prompts; mean tokens {lengths.mean:.1f}, {share:.0%} cut"
     )
     for reason, count in found.skipped.items():
         job.display.say(f"  skipped: {count} {reason}")
+    if retokenised:
+        job.display.say(f"  {retokenised} responses came as text and were tokenised here, maybe into other ids")
     return {
         "prompts": len(found.prompts),
         "responses": len(responses),
         "skipped": dict(found.skipped),
-        "finish": {
-            "stop": round(len(responses) * (1 - share)),
-            "length": round(len(responses) * share),
-        },
+        "finish": finish,
+        "retokenised": retokenised,
         "tokens": {"mean": lengths.mean, "median": lengths.median, "p95": lengths.p95, "max": lengths.max},
     }
+
+
+def check_asked(job: Job, responses: Sequence[dict[str, Any]]) -> None:
+    """Say how many prompts could not be asked. Raises RunFailed where they are more than data.max_skipped."""
+    count = sum(response["finish"] == SKIPPED for response in responses)
+    if count == 0:
+        return
+    text = f"{count} of {len(responses)} responses are missing: no text has the token ids of their prompts"
+    if count > job.config.data.max_skipped * len(responses):
+        raise RunFailed(
+            f"{text}; at most data.max_skipped = {job.config.data.max_skipped:.1%} may be: use servers that take token "
+            f"ids (vLLM, SGLang), or rollout.engine transformers, and remove {job.folder}"
+        )
+    job.display.say(f"  {text}")
 
 
 def check_cut(job: Job, responses: Sequence[dict[str, Any]]) -> float:
@@ -151,43 +110,36 @@ def portion_prompts(job: Job, tokenizer: Tokenizer, *, pair_ids: bool = False) -
 
 
 def answer_prompts(
-    job: Job, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, model: str, stem: str, sampling: Sampling
+    job: Job, tokenizer: Tokenizer, prompts: Sequence[Prompt], engine: Engine, *, stem: str, sampling: Sampling
 ) -> None:
-    """Generate this process's shards `<stem>-*.jsonl` that are not there yet.
+    """Have this process's shards `<stem>-*.jsonl` made that are not there yet.
 
-    Raises Stopped after a signal; finished shards are kept, the one under way is begun again.
+    Raises Stopped after a signal; finished shards are kept, those under way are begun again.
     """
     settings = job.config.rollout
     shards = plan_shards(
         [len(prompt.ids) for prompt in prompts], stem=stem, copies=sampling.copies,
-        max_new_tokens=settings.max_new_tokens, max_tokens=settings.max_tokens, shard_prompts=settings.shard_prompts,
+        max_new_tokens=settings.max_new_tokens, shard_prompts=settings.shard_prompts,
+        max_tokens=settings.max_tokens if settings.engine == "transformers" else None,
     )  # fmt: skip
     names = {shard.name: shard for shard in shards}
     mine = [names[name] for name in job.mine(names)]
     missing = [shard for shard in mine if not (job.folder / shard.name).exists()]
-    done = sum(shard.num_prompts for shard in mine) - sum(shard.num_prompts for shard in missing)
+    total = sum(shard.num_prompts for shard in mine)
+    done = total - sum(shard.num_prompts for shard in missing)
     if not missing:
         return
-    generator = Generator(model, tokenizer, job.config)
-    total = sum(shard.num_prompts for shard in mine)
     job.folder.mkdir(parents=True, exist_ok=True)
     with job.display.phase(f"{stem} responses", total, "prompts", done=done) as phase:
-        for shard in missing:
-            lines = []
-            with torch.random.fork_rng():
-                torch.manual_seed(_seed(job, shard.name))
-                for batch in shard.batches:
-                    if job.stop.requested:
-                        raise Stopped(f"stopped in {job.stage.title}; {done} of {total} prompts have their responses")
-                    answers = generator.answer(
-                        [prompts[i].ids for i in batch], copies=sampling.copies, temperature=sampling.temperature,
-                        top_p=sampling.top_p,
-                    )  # fmt: skip
-                    for index, responses in zip(batch, answers, strict=True):
-                        lines.append(_line(prompts[index], responses, tokenizer))
-                    phase.advance(len(batch))
+        answered = engine.answer(
+            missing, prompts, sampling, seed=lambda name: _seed(job, name), on_answered=phase.advance
+        )
+        for shard, answers in answered:
+            lines = [_line(prompts[index], answers[index], tokenizer) for index in shard.prompts]
             write_lines(job.folder / shard.name, lines)
             done += shard.num_prompts
+    if done < total:
+        raise Stopped(f"stopped in {job.stage.title}; {done} of {total} prompts have their responses")
 
 
 def shard_names(folder: Path, stem: str) -> list[str]:
@@ -223,16 +175,10 @@ def _seed(job: Job, name: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def _line(prompt: Prompt, responses: Sequence[Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "row": prompt.row,
-        "prompt_ids": prompt.ids,
-        "responses": [
-            {
-                "ids": response.ids,
-                "text": str(tokenizer.hf.decode(response.ids, skip_special_tokens=True)).strip(),
-                "finish": response.finish,
-            }
-            for response in responses
-        ],
-    }
+def _line(prompt: Prompt, responses: Sequence[Response], tokenizer: Tokenizer) -> dict[str, Any]:
+    found = []
+    for response in responses:
+        text = str(tokenizer.hf.decode(response.ids, skip_special_tokens=True)).strip()
+        line: dict[str, Any] = {"ids": response.ids, "text": text, "finish": response.finish}
+        found.append(line | {"retokenised": True} if response.retokenised else line)
+    return {"row": prompt.row, "prompt_ids": prompt.ids, "responses": found}

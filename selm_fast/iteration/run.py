@@ -17,7 +17,7 @@ from selm_fast.iteration.dry_run import describe_plan
 from selm_fast.iteration.launch import Launcher, Processes
 from selm_fast.iteration.paths import Paths
 from selm_fast.iteration.plan import Stage, plan_stages
-from selm_fast.iteration.scorer import START_LIMIT_S, check_function
+from selm_fast.iteration.rankers import check_ranker
 from selm_fast.iteration.sources import check_run, identities
 from selm_fast.iteration.status import Status, look, remove
 from selm_fast.iteration.summary import iteration_row, results_table
@@ -43,28 +43,39 @@ class RunResult:
     iterations: dict[int, dict[str, float | None]]
 
 
-def run(config: RunConfig, *, until: str | None = None, redo: bool = False, dry_run: bool = False) -> RunResult:
+def run(
+    config: RunConfig,
+    *,
+    until: str | None = None,
+    redo: bool = False,
+    dry_run: bool = False,
+    vllm_python: str | None = None,
+) -> RunResult:
     """Do a whole recipe, going on where an earlier call was stopped.
 
     until: stop once this stage (rollout, rank, cache or train) of the first unfinished iteration is done.
     redo: do stages again that were made with other settings; without it they are refused by name.
     dry_run: say what would be done, and what it takes, and do nothing.
+    vllm_python: Python of the environment that has vLLM, for rollout.engine vllm (default: this one).
     Raises Refused before any work; RunFailed with the reason and the log of a stage that failed; Stopped after a
     signal, with everything saved.
     """
     if dry_run and (until is not None or redo):
         raise Refused("a dry run shows the whole plan and does nothing: give until or redo without it")
     display = Display()
-    check_run(config, ranks=not dry_run)
+    check_run(config, ranks=not dry_run, vllm_python=vllm_python)
     paths = Paths(config)
     if dry_run:
         record = _record(paths)
         sources, _ = identities(paths, record.get("sources", {}))
         describe_plan(paths, look(paths, plan_stages(config, sources)), display)
         return _result(paths)
-    if config.ranker is not None:
-        check_function(config.ranker, timeout_s=max(START_LIMIT_S, config.rank.timeout_s))
-    with StopFlag() as stop, _locked(paths) as lock, Processes(paths, display, stop, lock=lock) as launcher:
+    check_ranker(config)
+    with (
+        StopFlag() as stop,
+        _locked(paths) as lock,
+        Processes(paths, display, stop, lock=lock, vllm_python=vllm_python) as launcher,
+    ):
         return drive(paths, launcher, display, stop, until=until, redo=redo)
 
 

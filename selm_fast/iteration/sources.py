@@ -7,30 +7,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-from selm_fast.config import RunConfig
+from selm_fast.config import PAIRRM, RunConfig
 from selm_fast.data.sources import read_rows
 from selm_fast.errors import Refused
 from selm_fast.iteration.paths import Paths
+from selm_fast.iteration.vllm_servers import check_vllm
 
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")
 
 
 def identities(paths: Paths, known: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Identity of the model, the rows, the held-out rows and the tokenizer that a run is given, and of their files.
+    """Identity of the model, rows, held-out rows, tokenizer and ranker's checkpoint of a run, and of their files.
 
     known: the files of an earlier call: what has the same size and time since is not read again.
     """
-    if paths.config.prepare is not None:
-        return {}, {}
     found: dict[str, str] = {}
     files: dict[str, Any] = {}
-    sources = {"model": paths.start, "data": paths.train_rows, "eval": paths.eval_rows}
-    sources["tokenizer"] = paths.config.model.tokenizer  # unless it is the model's own
+    sources = {"ranker": paths.config.pairrm.path if paths.config.ranker == PAIRRM else None}
+    if paths.config.prepare is None:
+        sources |= {"model": paths.start, "data": paths.train_rows, "eval": paths.eval_rows}
+        sources["tokenizer"] = paths.config.model.tokenizer  # unless it is the model's own
     for name, source in sources.items():
         if source is None:
             continue
         root = _local(source)
-        stamps = _stamps(root, _MODEL_FILES if name in ("model", "tokenizer") else None) if root else []
+        stamps = _stamps(root, _MODEL_FILES if name in ("model", "tokenizer", "ranker") else None) if root else []
         before = known.get(name)
         if before is not None and stamps and before["stamps"] == stamps:  # the name of a hub has no stamps
             files[name] = before
@@ -40,8 +41,11 @@ def identities(paths: Paths, known: dict[str, Any]) -> tuple[dict[str, str], dic
     return found, files
 
 
-def check_run(config: RunConfig, *, ranks: bool = True) -> None:
-    """Refuse settings that no iteration could run with, before any work. ranks: whether there is anything to rank."""
+def check_run(config: RunConfig, *, ranks: bool = True, vllm_python: str | None = None) -> None:
+    """Refuse settings that no iteration could run with, before any work.
+
+    ranks: whether anything will be generated and ranked now.  vllm_python: the interpreter that should have vLLM.
+    """
     if config.output_dir is None:
         raise Refused("output_dir is not set: give the folder of this run, --output_dir runs/first")
     if config.prepare is None:
@@ -54,9 +58,14 @@ def check_run(config: RunConfig, *, ranks: bool = True) -> None:
     ranked = [number for number in range(1, config.iterations + 1) if config.at(number).generates]
     if ranks and ranked and config.ranker is None:
         raise Refused(
-            f"ranker is not set, and iteration {ranked[0]} ranks responses: give a function that scores them, "
-            "--ranker python:MODULE:FUNCTION"
+            f"ranker is not set, and iteration {ranked[0]} ranks responses: give --ranker pairrm, or a function that "
+            "scores them, --ranker python:MODULE:FUNCTION"
         )
+    iterations = [config.at(number) for number in range(1, config.iterations + 1)]
+    if ranks and any(at.rollout.engine == "vllm" for at in (config, *iterations)):
+        check_vllm(vllm_python)
+    if vllm_python is not None and all(at.rollout.engine != "vllm" for at in (config, *iterations)):
+        raise Refused(f"--vllm-python is given and rollout.engine is {config.rollout.engine}: set it to vllm")
 
 
 def _local(source: str) -> Path | None:

@@ -118,7 +118,8 @@ def _work(request: dict[str, Any], index: int, events: int) -> int:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
             display = relay(events, index)
             settings = stage.settings_of(config)
-            job = Job(Paths(config), stage, settings, display, stop, index, request["of"], request["ranks"])
+            shares = index, request["of"], request["ranks"]
+            job = Job(Paths(config), stage, settings, display, stop, *shares, request["vllm_python"])
             if request["seconds"] is None:
                 do_part(job)
             else:

@@ -15,7 +15,7 @@ from selm_fast.config import PER_ITERATION, RunConfig
 from selm_fast.errors import Refused, RunFailed, Stopped
 
 RUN = "selm_fast.iteration.run"
-PLAIN = {"until": None, "redo": False, "dry_run": False}
+PLAIN = {"until": None, "redo": False, "dry_run": False, "vllm_python": None}
 
 
 @pytest.fixture
@@ -89,6 +89,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_the_list(stand_in, caps
         (["--redo", "--until", "rank"], {"redo": True, "until": "rank"}),
         (["--until=cache", "--beta=1"], {"until": "cache"}),
         *((["--until", stage], {"until": stage}) for stage in ("rollout", "train")),
+        (["--vllm-python", "~/vllm/bin/python"], {"vllm_python": "~/vllm/bin/python"}),
     ],
 )
 def test_options(stand_in, here: Path, arguments: list[str], options: dict[str, object]) -> None:
@@ -111,11 +112,13 @@ def test_options(stand_in, here: Path, arguments: list[str], options: dict[str, 
         (["xpo", "--until", "rank", "--until", "train"], "--until is given twice"),
         (["xpo", "--redo", "--redo"], "--redo is given twice"),
         (["xpo", "--redo=true"], "--redo takes no value, and 'true' was given"),
+        (["xpo", "--vllm-python"], "--vllm-python needs a value: a path"),
+        (["xpo", "--vllm_python", "x"], "unknown flag --vllm_python; did you mean --vllm-python?"),
         (["xpo", "--dry_run"], "unknown flag --dry_run; did you mean --dry-run?"),
         (["xpo", "--unti", "rank"], "unknown flag --unti; did you mean --until?"),
         (["xpo", "--rollot.responses", "1"], "unknown flag --rollot.responses; did you mean --rollout.responses?"),
         (["xpo", "--ranker", "--redo"], "--ranker needs a value: text, or none"),
-        (["xpo", "--ranker", "rank"], "ranker is 'rank'; expected python:MODULE:FUNCTION"),
+        (["xpo", "--ranker", "rank"], "ranker is 'rank'; expected pairrm or python:MODULE:FUNCTION"),
     ],
 )
 def test_hazard_24_what_is_not_understood_is_refused_before_the_run_is_called(
@@ -152,11 +155,11 @@ def test_help_lists_every_setting_option_and_recipe(capsys) -> None:
     for setting in settings(RunConfig).values():
         assert "".join(f"--{setting.name} {setting.metavar} {setting.description}".split()) in shown
     for words in (
-        "usage: selm-fast run RECIPE [--dry-run] [--until STAGE] [--redo] [--SETTING VALUE ...]",
+        "usage: selm-fast run RECIPE [--dry-run] [--until STAGE] [--redo] [--vllm-python PATH] [--SETTING VALUE ...]",
         f"one of {', '.join(shipped())}",
         "--until rollout|rank|cache|train",
         "--reference previous|base",
-        "--rollout.engine transformers",
+        "--rollout.engine transformers|server|vllm",
         "--iteration.N.SETTING VALUE",
         ", ".join(PER_ITERATION),
     ):

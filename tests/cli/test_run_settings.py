@@ -35,7 +35,7 @@ def differing() -> list[str]:
 @pytest.mark.parametrize("name", differing())
 def test_every_setting_that_may_differ_has_a_flag_for_one_iteration(name: str) -> None:
     default = settings(RunConfig)[name].default
-    text = str(default).lower() if isinstance(default, bool) else str(default)
+    text = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
     config = load_run_config(None, [f"--iteration.2.{name}={text}"])
     inside = config.iteration[2]
     for part in name.split("."):

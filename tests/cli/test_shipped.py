@@ -37,7 +37,14 @@ def test_what_all_recipes_of_the_paper_share(name: str) -> None:
         assert config.rollout.max_new_tokens == 1024
         assert (config.data.train, config.data.eval) == (f"{ULTRAFEEDBACK}:train_prefs", f"{ULTRAFEEDBACK}:test_prefs")
         assert config.checkpoint.every == 20  # an iteration may have 60 steps
-        assert config.label_smoothing == 0 and config.ranker is None and config.output_dir is None
+        assert config.label_smoothing == 0 and config.output_dir is None
+        assert (config.rollout.engine, config.ranker, config.pairrm.path) == ("vllm", "pairrm", "llm-blender/PairRM")
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_recipes_of_the_paper_name_what_vllm_needs_and_what_does_without(name: str) -> None:
+    text = shipped()[name].read_text("utf-8")
+    assert "--vllm-python ~/vllm/bin/python" in text and "--rollout.engine transformers" in text
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_commands_have_settings_that_exist() -> None:
 def test_named_settings_and_links_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     for name in re.findall(
-        r"`(?:--)?((?:model|data|batch|optim|cache|log|checkpoint|rollout|rank|evaluation)\.[a-z_]+)[ `]", text
+        r"`(?:--)?((?:model|data|batch|optim|cache|log|checkpoint|rollout|rank|pairrm|evaluation)\.[a-z_]+)[ `]", text
     ):
         assert name in settings(RunConfig), f"{page.name} names a setting that is not there: {name}"
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):

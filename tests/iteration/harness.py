@@ -124,11 +124,13 @@ def job_of(
     count: int = 1,
     stop: StopFlag | None = None,
     display: Display | None = None,
+    vllm_python: str | None = None,
 ) -> Job:
     """The job of one stage, or of one process's part of it."""
     stage = planned(config)[title]
     here = stage.settings_of(config)
-    return Job(Paths(config), stage, here, display or Display(quiet=True), stop or StopFlag(), index, count)
+    display, stop = display or Display(quiet=True), stop or StopFlag()
+    return Job(Paths(config), stage, here, display, stop, index, count, vllm_python=vllm_python)
 
 
 def do_stages(config: RunConfig, *, last: str | None = None, processes: int = 1) -> Inline:

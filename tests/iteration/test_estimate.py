@@ -54,7 +54,7 @@ def test_portions_and_steps(llama: tuple[Estimate, dict[str, Stage]]) -> None:
     assert [found.portion(number) for number in (1, 2, 3)] == [20_378, 20_378, 20_379]
     assert found.of(stages["iter-1/train"]).what == "selm, 160 steps of 128 groups, lr 5e-07"
     assert found.of(stages["iter-3/train"]).what == "selm, 160 steps of 128 groups, lr 1e-07"
-    assert found.of(stages["iter-2/rank"]).what == "3 candidates for each of 20,378 prompts"
+    assert found.of(stages["iter-2/rank"]).what == "3 candidates for each of 20,378 prompts, 122,268 rows of PairRM"
     rollout = found.of(stages["iter-2/rollout"]).what
     assert rollout == "20,378 prompts, 1 response each, greedy, at most 1,024 tokens"
 
@@ -81,13 +81,39 @@ def test_hours_and_disk_by_hand(llama: tuple[Estimate, dict[str, Stage]]) -> Non
     assert train.seconds == pytest.approx((4 * body + 4.5 * scores + 4 * head) / 0.4e15)
     assert train.left == WEIGHTS * (2 + 4)
     assert train.peak == WEIGHTS * (2 + 3 * 12)  # two checkpoints kept, a third under way
-    rollout = found.of(stages["iter-1/rollout"])
+    config = paper("--rollout.engine", "transformers")
+    local = Estimate(config, PROMPTS, 0, found.lengths, LLAMA, DEVICE)
+    rollout = local.of(stages_of(config)["iter-1/rollout"])
     steps = 20_378 * (100 + 1024) / 65_536 * 1024  # every batch as long as it may be
     first, all_of_it = (sum(parts(20_378, 100, length, 1)) / 0.4e15 for length in (1, 250))
     assert rollout.seconds == pytest.approx(first + steps * WEIGHTS * 2 / (0.5 * 4e12))
     # Where memory is fast, decoding is bound by its matmuls.
-    fast = Estimate(found.config, PROMPTS, 0, found.lengths, LLAMA, Speed("fast", flops=1e15, bandwidth=4e16))
-    assert fast.of(stages["iter-1/rollout"]).seconds == pytest.approx(all_of_it)
+    fast = Speed("fast", flops=1e15, bandwidth=4e16)
+    for settings in (found.config, config):
+        unbound = Estimate(settings, PROMPTS, 0, found.lengths, LLAMA, fast)
+        assert unbound.of(stages_of(settings)["iter-1/rollout"]).seconds == pytest.approx(all_of_it)
+
+
+def test_hours_of_vllm_of_servers_and_of_pairrm_by_hand(llama: tuple[Estimate, dict[str, Stage]]) -> None:
+    found, stages = llama
+    # 16 responses under way, the next one begun where one ends: each token of all reads the weights once in 16.
+    config = paper("--rollout.concurrency", "16")
+    few = Estimate(config, PROMPTS, 0, found.lengths, LLAMA, DEVICE)
+    first = sum(parts(20_378, 100, 1, 1)) / 0.4e15
+    expected = first + 20_378 / 16 * 250 * WEIGHTS * 2 / (0.5 * 4e12)
+    assert few.of(stages_of(config)["iter-1/rollout"]).seconds == pytest.approx(expected)
+    config = paper("--rollout.engine", "server", "--rollout.servers", "http://there:8000")
+    elsewhere = Estimate(config, PROMPTS, 0, found.lengths, LLAMA, DEVICE)
+    assert elsewhere.of(stages_of(config)["iter-1/rollout"]).seconds is None
+    # DeBERTa-v3-large: 24 layers of 12 x 1024^2 weights, attention to contents and to 512 relative positions; the last
+    # layer is asked about three tokens.
+    tokens = 100 + 2 * 250
+    row = 24 * (2 * tokens * 12 * 1024**2 + 4 * tokens * 1024 * (tokens + 512))
+    assert 0.955 < found.of(stages["iter-1/rank"]).seconds / (122_268 * row / 0.2e15) < 1
+    config = paper("--ranker", "python:a:b")
+    assert (
+        Estimate(config, PROMPTS, 0, found.lengths, LLAMA, DEVICE).of(stages_of(config)["iter-1/rank"]).seconds is None
+    )
 
 
 @pytest.mark.parametrize(

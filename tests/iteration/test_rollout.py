@@ -22,7 +22,8 @@ from selm_fast.errors import Refused, RunFailed, Stopped
 from selm_fast.iteration.job import read_manifest
 from selm_fast.iteration.paths import Paths
 from selm_fast.iteration.prompts import portion_of
-from selm_fast.iteration.rollout import check_cut, plan_shards
+from selm_fast.iteration.rollout import check_cut
+from selm_fast.iteration.shards import plan_shards
 from selm_fast.iteration.stages import do_part, finish
 from selm_fast.training.progress import Display
 
@@ -223,7 +224,7 @@ def test_shards_do_not_depend_on_a_stop(make_run: MakeRun, ending_model: Path, c
 def test_a_finished_shard_is_not_made_again(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_run()
     roll_out(config)
-    monkeypatch.setattr("selm_fast.iteration.rollout.Generator", None)
+    monkeypatch.setattr("selm_fast.iteration.generate.Generator", None)
     roll_out(config)
     (Paths(config).stage(1, "rollout") / "policy-00001.jsonl").unlink()
     with pytest.raises(TypeError):  # there is something to generate again

@@ -95,6 +95,11 @@ CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "length of responses": ({"rollout__max_new_tokens": 9}, ALL, "iter-0/evaluate: rollout.max_new_tokens: 8 there"),
     "prompts of a shard": ({"rollout__shard_prompts": 3}, ALL, "iter-0/evaluate: rollout.shard_prompts: 2 there"),
     "tokens of a batch of responses": ({"rollout__max_tokens": 300}, ALL, "iter-0/evaluate: rollout.max_tokens: 200"),
+    "engine": (
+        {"rollout__engine": "server", "rollout__servers": "http://127.0.0.1:9"},
+        ALL,
+        "iter-0/evaluate: rollout.engine: transformers there, server here",
+    ),
     "seed": ({"seed": 43}, ALL, "iter-0/evaluate: seed: 42 there, 43 here"),
     "length of rows": ({"data__max_length": 60}, ALL, "iter-0/evaluate: data.max_length: 64 there, 60 here"),
     "held-out prompts": (
@@ -308,7 +313,9 @@ def test_files_are_read_again_only_where_size_or_time_say_so(
     assert {name for name in found if found[name] != again[name]} == {"data"}
 
 
-@pytest.mark.parametrize("what", ["learning rate of one iteration", "temperature"])
+@pytest.mark.parametrize(
+    "what", ["learning rate of one iteration", pytest.param("temperature", marks=pytest.mark.slow)]
+)
 def test_redo_does_the_invalid_stages_again_and_no_others(
     copy_of_whole: CopyOfWhole, make_run: MakeRun, what: str
 ) -> None:
@@ -399,7 +406,9 @@ def test_every_setting_of_a_run_is_named_above_or_belongs_to_no_stage(whole: Pat
         "model.path", "model.init", "model.reference", "model.tokenizer", "data.train", "data.eval", "data.max_skipped",
         "data.max_cut",
         "cache.dir", "cache.require", "log.every", "log.tensorboard", "checkpoint.every", "checkpoint.keep",
-        "rank.batch_prompts", "rank.timeout_s", "rank.max_skipped",
+        "rank.batch_prompts", "rank.timeout_s", "rank.max_skipped", "rollout.servers", "rollout.concurrency",
+        "rollout.timeout_s", "rollout.wait_s",
+        "pairrm.path", "pairrm.dtype", "pairrm.max_tokens",  # where PairRM is not the ranker
     }  # fmt: skip
     assert fields - names == free
     assert names - fields == {"explores"}
