@@ -64,10 +64,12 @@ def results(root: Path) -> Results:
     return found
 
 
-def assert_same_results(one: Path, other: Path) -> None:
-    """Two runs made the same to the bit, and nothing half done lies about in the second."""
-    first, second = results(one), results(other)
-    if first.keys() != second.keys():
+def assert_same_results(one: Path, other: Path, part: str = "") -> None:
+    """Two runs made the same to the bit, or a stage of them, and nothing half done lies about in the second."""
+    first, second = (
+        {name: found[name] for name in found if name.startswith(part)} for found in map(results, (one, other))
+    )
+    if not first or first.keys() != second.keys():
         raise AssertionError(f"only in one of two: {sorted(first.keys() ^ second.keys())}")
     different = sorted(name for name in first if first[name] != second[name])
     if different:

@@ -82,6 +82,7 @@ class Attempts:
         assert set(self.asked()) == set(found)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_left_alone_asks_every_prompt_once(
     make_run: MakeRun, whole: Paths, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_killed_in_every_stage_at_its_first_write_and_at_its_manifest(
     attempts.check_whole(whole)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(
     make_run: MakeRun, whole: Paths, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

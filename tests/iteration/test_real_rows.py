@@ -20,7 +20,7 @@ RANKER = """
 def score(prompts, candidates):
     return [[len(text) % 500 // 200 for text in texts] for texts in candidates]
 """
-NUM_PROMPTS, NUM_HELD_OUT, MAX_LENGTH = 40, 12, 256
+NUM_PROMPTS, NUM_HELD_OUT, MAX_LENGTH = 28, 9, 256
 
 
 def score(text: str) -> int:

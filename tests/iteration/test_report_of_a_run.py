@@ -48,7 +48,7 @@ def run_of(finished: Finished, whole: Paths, tmp_path: Path) -> Callable[[str], 
     return make
 
 
-@pytest.mark.parametrize("name", ["whole", "xpo", "dpo first"])
+@pytest.mark.parametrize("name", ["whole", pytest.param("xpo", marks=pytest.mark.slow), "dpo first"])
 def test_the_figures_of_every_iteration(run_of: Callable[[str], tuple[Path, Paths]], name: str) -> None:
     folder, paths = run_of(name)
     page, _ = report(folder)

@@ -297,7 +297,8 @@ def test_a_folder_whose_record_is_damaged_is_refused_and_left_alone(copy_of_whol
 
 def test_a_ranker_may_take_as_long_to_import_as_a_call_may(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
-    monkeypatch.setattr("selm_fast.iteration.run.check_function", lambda _, *, timeout_s: limits.append(timeout_s))
+    monkeypatch.setattr("selm_fast.iteration.launch._WORKER", ("cat",))  # which ends with its input
+    monkeypatch.setattr("selm_fast.iteration.rankers.check_function", lambda _, *, timeout_s: limits.append(timeout_s))
     monkeypatch.setattr("selm_fast.iteration.run.drive", lambda *_, **__: None)
     for seconds in (5.0, 7000.0):
         run(make_run(rank__timeout_s=seconds))

@@ -121,7 +121,9 @@ def test_weights_cast_after_loading(family: str) -> None:
     assert (logps - own).abs().mean() < 0.01
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "phi3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma2", "qwen3"))]
+)
 def test_dynamo_traces_through_it_in_one_piece(family: str) -> None:
     """With the gradients of the traced graph, at two sizes."""
     policy = fused_policy(family)

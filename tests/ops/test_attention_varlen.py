@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from selm_fast.ops import attention_choice, attention_flash, attention_varlen, kv_gather
 from selm_fast.ops.attention_layout import Layout, Scores
 
-from .attention_layouts import HEADS, LAYOUTS, SCALE, dense, inputs, run
+from .attention_layouts import LAYOUTS, SCALE, dense, inputs, run
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -112,7 +112,7 @@ def varlen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> l
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("heads", ["mha", "gqa", pytest.param("mqa", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("varlen", ["2.11", "2.13"], indirect=True)
 def test_varlen_is_asked_for_what_is_meant(varlen: list[str], heads: str, setting: str) -> None:
     check(attention_varlen, heads, SETTINGS[setting])
@@ -224,7 +224,7 @@ FLASH: dict[str, tuple[Callable[[], ModuleType], attention_flash.Flash]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS | CAPPED)
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("heads", ["mha", "gqa", pytest.param("mqa", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("version", FLASH)
 def test_flash_attn_is_asked_for_what_is_meant(
     version: str, heads: str, setting: str, monkeypatch: pytest.MonkeyPatch

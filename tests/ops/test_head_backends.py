@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selm_fast.ops import linear_logprob
 from tests.ops.head_cases import HEADS, V, assert_as_good_as_torch, by_torch, make, run
-from tests.ops.places import BACK_ENDS, back_ends
+from tests.ops.places import BACK_ENDS, MODES_BACK_ENDS, MODES_BACK_ENDS_DTYPES, back_ends
 
 head_module = importlib.import_module("selm_fast.ops.head")
 
@@ -73,8 +73,7 @@ def _with_logits(dtype: torch.dtype, seed: int, device: str, kind: str, backend:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["random", "near -200", "offset +20", "+-1e4", "peaked", "ruled out", "one-sided"])
-@MODES
-@BACK_ENDS
+@MODES_BACK_ENDS_DTYPES
 def test_errors_on_logits_of_every_kind(kind: str, dtype: torch.dtype, mode: str, backend: str, device: str) -> None:
     seeds = range(1 if backend == "triton" else 4)
     samples = [_with_logits(dtype, seed, device, kind, backend) for seed in seeds]
@@ -121,7 +120,7 @@ def test_keep_and_recompute_give_the_same_gradients(dtype: torch.dtype, backend:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@MODES
+@MODES_BACK_ENDS
 def test_memory_that_was_never_written_is_never_read(mode: str, backend: str, device: str) -> None:
     """torch.empty full of NaN changes no bit."""
     inputs = make(**few(backend), device=device, with_bias=True)
@@ -137,7 +136,7 @@ def test_memory_that_was_never_written_is_never_read(mode: str, backend: str, de
 
 
 @pytest.mark.usefixtures("small_tiles")
-@MODES
+@MODES_BACK_ENDS
 def test_upstream_gradients_of_zero_give_zero(mode: str, backend: str, device: str) -> None:
     inputs = make(**few(backend), device=device, with_bias=True, softcap=2.0)
     inputs["upstream"].zero_()
@@ -146,7 +145,7 @@ def test_upstream_gradients_of_zero_give_zero(mode: str, backend: str, device: s
 
 
 @pytest.mark.usefixtures("small_tiles")
-@MODES
+@MODES_BACK_ENDS
 def test_gradients_scale_with_upstream_and_accumulate(mode: str, backend: str, device: str) -> None:
     """A power of two scales every bit; two passes add up."""
     inputs = make(**few(backend), device=device, with_bias=True)
@@ -179,7 +178,7 @@ def test_ignored_rows_and_rows_that_do_not_exist__liger_1338(mode: str, backend:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@MODES
+@MODES_BACK_ENDS
 def test_strides_and_frozen_inputs(mode: str, backend: str, device: str) -> None:
     inputs = make(**few(backend), device=device, with_bias=True)
     full = run(linear_logprob, inputs, mode=mode, backend=backend)
@@ -211,7 +210,7 @@ def test_vocabularies_around_the_edges_of_tiles__verl_2899(vocab: int, backend: 
 
 
 @pytest.mark.usefixtures("small_tiles")
-@MODES
+@MODES_BACK_ENDS
 def test_a_bias_counts_once_however_large_the_hidden_size__cce_53(mode: str, backend: str, device: str) -> None:
     """A kernel that walks the hidden size in blocks may add it in each."""
     inputs = make(rows=5, size=2500, vocab=140, device=device, with_bias=True)
@@ -222,7 +221,7 @@ def test_a_bias_counts_once_however_large_the_hidden_size__cce_53(mode: str, bac
 
 
 @pytest.mark.usefixtures("small_tiles")
-@MODES
+@MODES_BACK_ENDS
 def test_each_tokens_gradient_is_its_own__liger_968_and_1298(mode: str, backend: str, device: str) -> None:
     """An upstream gradient of one token alone gives that token's row and no other."""
     inputs = make(**few(backend), device=device)
@@ -235,8 +234,7 @@ def test_each_tokens_gradient_is_its_own__liger_968_and_1298(mode: str, backend:
         torch.testing.assert_close(got[name].double(), value, rtol=1e-5, atol=1e-5)
 
 
-@BACK_ENDS
-@MODES
+@MODES_BACK_ENDS_DTYPES
 def test_the_weight_gradient_is_summed_in_fp32_over_many_tiles__liger_1391(
     dtype: torch.dtype, mode: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,7 +325,13 @@ def test_hidden_states_of_an_autocast_body_meet_fp32_weights(backend: str, devic
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("settings", [{}, {"softcap": 2.0, "logit_scale": 0.7}], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.slow, id="plain"),
+        pytest.param({"softcap": 2.0, "logit_scale": 0.7}, id="everything"),
+    ],
+)
 @MODES
 @pytest.mark.usefixtures("small_tiles")
 def test_the_reference_passes_gradcheck_in_float64(mode: str, settings: dict[str, Any]) -> None:

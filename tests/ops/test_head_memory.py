@@ -13,7 +13,7 @@ from tests.ops.head_cases import TILE_ROWS, TILE_VOCAB, D, V, make, run
 from tests.ops.memory import Allocated, allocated
 
 head_module = importlib.import_module("selm_fast.ops.head")
-ROWS = 160
+ROWS, WIDE = 80, 1600  # large enough that a matrix of one by the other stands out
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 # A test of each kind in CI; the sizes are counted in the same way.
 ONE_DTYPE = pytest.mark.parametrize(
@@ -47,24 +47,24 @@ def test_auto_keeps_the_logits_within_the_budget_and_recomputes_above_it(
 @ONE_DTYPE
 def test_recompute_holds_nothing_that_grows_with_rows_times_vocabulary(dtype: torch.dtype) -> None:
     """Invariant 8: with V, only the gradient of the weight grows, and 24 bytes a token beside it (a sorted index)."""
-    small, large = (step(dtype, vocab, mode="recompute") for vocab in (320, 3200))
-    growth = (large.peak - small.peak) / (3200 - 320)
+    small, large = (step(dtype, vocab, mode="recompute") for vocab in (160, WIDE))
+    growth = (large.peak - small.peak) / (WIDE - 160)
     assert growth <= D * dtype.itemsize + 24
-    assert max(size for size in large.sizes if size != 3200 * D * dtype.itemsize) < ROWS * 3200
+    assert max(size for size in large.sizes if size != WIDE * D * dtype.itemsize) < ROWS * WIDE
 
 
 @ONE_DTYPE
 def test_keep_holds_the_logits_once_in_their_own_dtype(dtype: torch.dtype) -> None:
     """The rest is what `recompute` holds: no gradient, no second copy in that shape."""
-    logits = ROWS * 3200 * dtype.itemsize
-    kept, recomputed = (step(dtype, 3200, mode=mode) for mode in ("keep", "recompute"))
+    logits = ROWS * WIDE * dtype.itemsize
+    kept, recomputed = (step(dtype, WIDE, mode=mode) for mode in ("keep", "recompute"))
     assert kept.sizes.count(logits) == 1
-    tops = 4 * ROWS * 3200 // TILE_VOCAB
+    tops = 4 * ROWS * WIDE // TILE_VOCAB
     assert kept.peak <= recomputed.peak + logits + tops
 
 
 def test_no_grad_holds_a_tile_at_a_time() -> None:
-    inputs = make(rows=ROWS, vocab=3200)
+    inputs = make(rows=ROWS, vocab=WIDE)
     with torch.no_grad():
         spent = allocated(lambda: linear_logprob(inputs["hidden"], inputs["weight"], inputs["targets"]))
     rows_alone = ROWS * (D * 4 + 8 * 8)  # a gathered copy of the targets' weights, and a few numbers a row
@@ -73,10 +73,10 @@ def test_no_grad_holds_a_tile_at_a_time() -> None:
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_gradients_that_nobody_asked_for_are_not_made(mode: str) -> None:
-    inputs = make(rows=ROWS, vocab=3200)
+    inputs = make(rows=ROWS, vocab=WIDE)
     leaf = inputs["hidden"].requires_grad_()
 
     def frozen_head() -> None:
         linear_logprob(leaf, inputs["weight"], inputs["targets"], mode=mode).sum().backward()
 
-    assert 3200 * D * 4 not in allocated(frozen_head).sizes
+    assert WIDE * D * 4 not in allocated(frozen_head).sizes

@@ -174,7 +174,15 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "the policy as reference",
+        pytest.param("precomputed", marks=pytest.mark.slow),
+        pytest.param("another reference", marks=pytest.mark.slow),
+        "another reference, precomputed",
+    ],
+)
 def test_five_steps_end_in_the_same_weights_with_the_same_metrics(
     name: str, folders: dict[str, str], tmp_path: Path
 ) -> None:

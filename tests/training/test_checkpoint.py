@@ -95,8 +95,11 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "keep"),
     [
-        ("flipped", 1), ("flipped", 2), ("truncated", 2), ("a file gone", 2), ("no manifest", 2),
-        ("manifest garbled", 2), ("manifest of something else", 2), ("position changed", 2), ("empty", 1), ("empty", 2),
+        ("flipped", 1), ("a file gone", 2), ("no manifest", 2), ("manifest garbled", 2), ("position changed", 2),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (("flipped", 2), ("truncated", 2), ("manifest of something else", 2), ("empty", 1), ("empty", 2))
+        ),
     ],
 )  # fmt: skip
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_same_bits_reached(

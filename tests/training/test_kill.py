@@ -85,15 +85,16 @@ AT_FSYNCS = pytest.param({"fsync"}, marks=pytest.mark.slow, id="fsyncs")
 AT_WRITES_AND_RENAMES = pytest.param({"write", "rename"}, id="writes and renames")
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", [AT_WRITES_AND_RENAMES, AT_FSYNCS])
 def test_hazard_31_killed_at_every_write_fsync_and_rename(
-    config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture, where: set[str]
+    config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture, where: set[str], every: int
 ) -> None:
     reference, kinds = whole
     assert len(kinds) > 50
     assert {"write", "fsync", "rename"} == set(kinds)
     steps_kept = set()
-    for at in (index for index, kind in enumerate(kinds, 1) if kind in where):
+    for at in [index for index, kind in enumerate(kinds, 1) if kind in where][::every]:
         config = config_of(f"killed-{at}")
         crash = Crash(at)
 
@@ -259,15 +260,16 @@ class FullDisk:
         return self.seen >= self.at
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "where", [pytest.param({"write"}, id="writes"), pytest.param({"fsync"}, marks=pytest.mark.slow, id="fsyncs")]
 )
 def test_hazard_32_full_disk_at_every_write_and_fsync(
-    config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture, where: set[str]
+    config_of: ConfigOf, whole: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture, where: set[str], every: int
 ) -> None:
     reference, kinds = whole
     points = [kind for kind in kinds if kind != "rename"]
-    for at in (index for index, kind in enumerate(points, 1) if kind in where):
+    for at in [index for index, kind in enumerate(points, 1) if kind in where][::every]:
         config = config_of(f"full-{at}")
         with pytest.MonkeyPatch.context() as patch:
             FullDisk(patch, at)

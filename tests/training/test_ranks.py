@@ -79,7 +79,7 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], relative: 
         assert error <= relative * value.abs().max().item(), name
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])  # Gemma's are, below
 def test_any_number_of_processes_trains_as_one(
     make_config: MakeConfig, tmp_path: Path, tiny_model: Path, tied_model: Path, tied: bool
 ) -> None:
@@ -123,7 +123,7 @@ def test_in_bf16_too(
     def config_of(size: int) -> Config:
         cache = tmp_path / f"cache-{size}"
         more: dict[str, Any] = {"model__path": str(bf16_model), "data__eval": eval_file, "cache__dir": cache}
-        return make_config(f"run-{size}", **more, **TEN_STEPS, **changes)
+        return make_config(f"run-{size}", **TEN_STEPS | more | changes | {"epochs": 1})
 
     train_in(0, config_of(0), ROWS, tmp_path)
     train_in(1, config_of(1), ROWS, tmp_path / "1")
@@ -144,7 +144,7 @@ EXACT: list[Any] = [
     (4, {"dtype": "bfloat16"}),
     pytest.param((4, {"dtype": "float32"}), marks=pytest.mark.slow),
     (2, {"dtype": "float32", "model__activation_checkpointing": "full"}),
-    (2, {"dtype": "float32", "model__activation_checkpointing": "selective"}),
+    pytest.param((2, {"dtype": "float32", "model__activation_checkpointing": "selective"}), marks=pytest.mark.slow),
     pytest.param((2, {"dtype": "float32", "method": "xpo"}), marks=pytest.mark.slow),
     pytest.param((2, {"dtype": "float32", "head_mode": "recompute"}), marks=pytest.mark.slow),
     pytest.param((2, {"dtype": "float32", **COMPILED}), marks=pytest.mark.slow),
@@ -282,7 +282,7 @@ def test_a_loss_that_is_not_finite_for_one_process_is_applied_by_none(make_confi
     assert read_checkpoint(newest_checkpoint(config.output_dir)).optimizer["step"] == 5
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", [pytest.param("none", marks=pytest.mark.slow), "selective", "full"])
 def test_reference_values_arrive_unrounded_in_bf16(make_config: MakeConfig, tmp_path: Path, checkpointing: str) -> None:
     """bf16 would make -600.123 of it -600; a recomputed layer must cast as the first time (pytorch issue 159359)."""
     config = make_config(dtype="bfloat16", model__activation_checkpointing=checkpointing, batch__max_tokens=400)

@@ -87,17 +87,20 @@ def count_in(size: int, config: Config, tmp_path: Path) -> list[list[Any]]:
     return in_ranks(size, lambda _: counted(config), tmp_path / "answers")
 
 
-def test_a_second_run_makes_no_reference_forward(config_of: MakeRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [[(0, "plain")], pytest.param([(1, "one"), (4, "four")], marks=pytest.mark.slow)])
+def test_a_second_run_makes_no_reference_forward(
+    config_of: MakeRun, tmp_path: Path, others: list[tuple[int, str]]
+) -> None:
     """In as many processes to the bit; in another number with a warning, and values as of another plan."""
-    (packs, warned), other = count_in(2, config_of("first"), tmp_path)
+    (packs, warned), second = count_in(2, config_of("first"), tmp_path)
     assert packs > 4
-    assert [packs, warned] == other == [packs, []]
+    assert [packs, warned] == second == [packs, []]
     shards = sorted((tmp_path / "cache").rglob("shard-*"))
     assert len(shards) >= 4
     assert len(shards) % 2 == 0
     assert count_in(2, config_of("second"), tmp_path) == [[0, []], [0, []]]
     assert_same_run(tmp_path / "first", tmp_path / "second")
-    for size, name in ((0, "plain"), (1, "one"), (4, "four")):
+    for size, name in others:
         found = [counted(config_of(name))] if size == 0 else count_in(size, config_of(name), tmp_path)
         assert [forwards for forwards, _ in found] == [0] * len(found)
         (warning,) = found[0][1]
@@ -107,10 +110,11 @@ def test_a_second_run_makes_no_reference_forward(config_of: MakeRun, tmp_path: P
             assert line["loss"] == pytest.approx(expected["loss"], abs=0.02)
 
 
-@pytest.mark.slow
-def test_a_pass_that_was_stopped_for_one_goes_on_for_all(config_of: MakeRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [[3], pytest.param([1, -1], marks=pytest.mark.slow)], ids=str)
+def test_a_pass_that_was_stopped_for_one_goes_on_for_all(config_of: MakeRun, tmp_path: Path, at: list[int]) -> None:
+    """In its n-th pack; -1: in the last."""
     (packs, _), _ = count_in(2, config_of("whole", "another"), tmp_path)
-    for nth in (1, 3, packs):
+    for nth in (number if number > 0 else packs for number in at):
         config = config_of(f"stopped-{nth}", f"cache-{nth}")
 
         def stop_and_resume(rank: int, config: Config = config, nth: int = nth) -> list[Any]:
@@ -141,7 +145,7 @@ def test_hazard_14_damage_to_a_shard_of_one_is_made_good_by_all(config_of: MakeR
     assert 0 < computed[1] < packs
 
 
-@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [43, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_hazard_31_one_is_killed_wherever_the_pass_reaches_the_disk(
     config_of: MakeRun, tmp_path: Path, victim: int, every: int

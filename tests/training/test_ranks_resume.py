@@ -42,7 +42,7 @@ def settings(eval_file: str, tmp_path: Path, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [14, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_is_stopped_in_any_forward_and_all_go_on_to_the_bit(
     make_config: MakeConfig, eval_file: str, tmp_path: Path, every: int
 ) -> None:
