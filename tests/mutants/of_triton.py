@@ -48,7 +48,7 @@ ROWS_TRITON = mutants_of(
     (
         "only the first block of columns is written",
         "tl.store(out_ptr + row * V + cols, shares, mask=cols < V)",
-        "tl.store(out_ptr + row * V + cols, shares, mask=cols < BLOCK_V)",
+        "tl.store(out_ptr + row * V + cols, shares, mask=(cols < V) & (cols < BLOCK_V))",
     ),
     (
         "the hidden gradient has the wrong sign",
