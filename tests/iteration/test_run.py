@@ -216,10 +216,10 @@ def test_a_stage_whose_folder_is_removed_is_done_again(copy_of_whole: CopyOfWhol
     ("altered", "done", "reader"),
     [
         ("iter-1/rollout/policy-00001.jsonl", "rollout", "iter-1/rank"),
-        ("iter-1/rollout/base-00000.jsonl", "rollout", "iter-1/rank"),
+        pytest.param("iter-1/rollout/base-00000.jsonl", "rollout", "iter-1/rank", marks=pytest.mark.slow),
         ("iter-0/evaluate/policy-00000.jsonl", "rollout", "iter-1/rank"),
         ("iter-1/rank/rows.jsonl", "rank", "iter-1/cache"),
-        ("iter-1/rank/rows.jsonl", "cache", "iter-1/train"),
+        pytest.param("iter-1/rank/rows.jsonl", "cache", "iter-1/train", marks=pytest.mark.slow),
         ("iter-1/rank/held_out.jsonl", "cache", "iter-1/train"),
         ("iter-0/evaluate/responses.jsonl", "train", "iter-1/evaluate"),
     ],

@@ -548,7 +548,7 @@ def test_a_process_that_died_between_two_calls_is_an_error_that_says_how(ranker:
             scorer.score(["p"], [["a" * 1_000_000]])
 
 
-@pytest.mark.parametrize("how", ["idle", "loop", "program", "hold_the_gil"])
+@pytest.mark.parametrize("how", ["idle", pytest.param("loop", marks=pytest.mark.slow), "program", "hold_the_gil"])
 def test_the_process_ends_when_its_parent_is_killed(ranker: Write, tmp_path: Path, how: str) -> None:
     pipe = Pipe(tmp_path / "pipe")
     limit = 2.0 if how == "hold_the_gil" else MINUTE  # no thread of Python's runs there to see the parent go

@@ -160,7 +160,9 @@ def test_the_cut_into_micro_batches_does_not_change_loss_or_gradients(family: st
         assert_same_gradients(gradients, results[0][2], relative=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "cohere"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3", "cohere"))]
+)
 def test_bf16_errors_are_at_most_twice_those_of_separate_bf16_forwards(family: str) -> None:
     """Against fp64 on the same weights: tokens' log-probs, sequences' and all gradients together, root mean square."""
     groups = some_groups(20)

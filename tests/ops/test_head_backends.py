@@ -82,8 +82,7 @@ def test_errors_on_logits_of_every_kind(kind: str, dtype: torch.dtype, mode: str
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("head", HEADS)
-@MODES
-@BACK_ENDS
+@MODES_BACK_ENDS_DTYPES
 def test_errors_of_every_head(head: str, dtype: torch.dtype, mode: str, backend: str, device: str) -> None:
     seeds = range(1 if backend == "triton" else 4)
     samples = [make(dtype, **few(backend), seed=seed, device=device, **HEADS[head]) for seed in seeds]

@@ -64,7 +64,7 @@ def test_first_step_is_exact(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_every_step_of_an_epoch_is_exact_while_nothing_moves(
     make_config: MakeConfig, dtype: str, changes: dict[str, Any]
 ) -> None:

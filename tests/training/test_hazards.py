@@ -318,7 +318,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, pytest.param(-math.inf, marks=pytest.mark.slow)])
 def test_hazard_29_a_step_that_is_not_finite_is_not_applied(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, dtype: str, kind: str, value: float
 ) -> None:
