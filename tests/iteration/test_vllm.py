@@ -123,13 +123,22 @@ def test_started_used_and_ended(make: Callable[..., RunConfig], vllm: Vllm, monk
     assert call["argv"] == vllm_command(config, "python", model, model, int(port), on_gpu=False)[1:]
     assert call["argv"][2:4] == ["serve", model]
     flags = dict(zip(call["argv"][4::2], call["argv"][5::2], strict=True))
-    assert flags["--host"] == "127.0.0.1"
+    assert (flags["--tokenizer"], flags["--host"]) == (model, "127.0.0.1")
     assert flags["--max-model-len"] == "48"  # 40 of the prompt, 8 of the response
     assert (flags["--seed"], flags["--dtype"], flags["--generation-config"]) == ("7", "float32", "vllm")
     assert not {"PYTHONPATH", API_KEY} & set(call["env"])
     assert call["env"]["CUDA_VISIBLE_DEVICES"] == ""  # device is cpu
     assert len(call["env"]["VLLM_API_KEY"]) == 32
     assert not vllm.living()  # and its engine, which does not hear SIGTERM
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_that_comes_with_a_model_is_run_only_where_it_is_trusted(
+    make: Callable[..., RunConfig], trusted: bool
+) -> None:
+    command = vllm_command(make(model__trust_remote_code=trusted), "python", "m", "t", 1, on_gpu=True)
+    assert ("--trust-remote-code" in command) == trusted
+    assert command[command.index("--tokenizer") + 1] == "t"
 
 
 def test_one_server_answers_for_all_of_an_evaluation(make: Callable[..., RunConfig], vllm: Vllm) -> None:
@@ -259,6 +268,9 @@ def test_the_guard_waits_for_what_its_command_has_started() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guard:
         assert guard.stdin is not None and guard.stdout is not None
         pid = int(guard.stdout.readline())
+        guard.terminate()  # which is for the parent to heed
+        with pytest.raises(subprocess.TimeoutExpired):
+            guard.wait(0.2)
         guard.stdin.close()
         guard.wait(60)
         assert not Path(f"/proc/{pid}").exists()
