@@ -165,6 +165,12 @@ def test_another_checkpoint_is_another_ranker(make_run: MakeRun, pairrm: Path, t
         changed = {title for title in before if before[title].key != after[title].key}
         assert "iter-1/rollout" not in changed
         assert {"iter-1/rank", "iter-0/evaluate", "iter-1/train"} <= changed
+    alone = [make_run(**own | {"data__eval": None} | more) for more in ({}, {"pairrm__path": str(other)})]
+    assert len({planned(config)["iter-1/rank"].key for config in alone}) == 2
+    batched = planned(make_run(**own | {"rollout__max_tokens": 999}))  # servers batch as they like
+    assert {title: stage.key for title, stage in batched.items()} == {
+        title: stage.key for title, stage in before.items()
+    }
     (tmp_path / "none").mkdir()
     with pytest.raises(Refused, match="none"):
         check_ranker(make_run(**own | {"pairrm__path": str(tmp_path / "none")}))

@@ -148,6 +148,7 @@ FREE: dict[str, dict[str, Any]] = {
     "processes": {"processes": 2},
     "prompts of a call": {"rank__batch_prompts": 5},
     "time of a call": {"rank__timeout_s": 1.0},
+    "patience with servers": {"rollout__concurrency": 3, "rollout__timeout_s": 9.0, "rollout__wait_s": 9.0},
     "limits": {"rank__max_skipped": 0.8, "data__max_cut": 0.95, "data__max_skipped": 0.5, "max_bad_steps": 2},
     "what the defaults say": {"portions": 2, "label_smoothing": 0.0, "rollout__top_p": 1.0},
     "an iteration set to what all are": {"iteration": {1: {"optim": {"lr": 1e-2}}}},
