@@ -89,7 +89,7 @@ def roll_out(
     return shards(Paths(config).stage(1, "rollout"), "policy")
 
 
-def check(found: list[dict[str, Any]]) -> None:
+def check_answers(found: list[dict[str, Any]]) -> None:
     """Every prompt once, with the answer to it and to no other."""
     assert sorted(line["row"] for line in found) == list(range(12))
     for line in found:
@@ -113,7 +113,7 @@ def test_ids_go_out_and_come_back(make: Callable[..., RunConfig], start: Start, 
     server = start(log=str(log))
     config = make(server.url + "/v1/")
     found = roll_out(config)
-    check(found)
+    check_answers(found)
     asked = lines(log)
     assert sorted(line["prompt"] for line in asked) == sorted(line["prompt_ids"] for line in found)
     assert {line["model"] for line in asked} == {str(Path(str(config.model.path)).absolute())}
@@ -148,7 +148,7 @@ def test_samples_have_seeds_of_their_own_and_are_drawn_again_alike(
 def test_several_servers_share_the_prompts(make: Callable[..., RunConfig], start: Start, tmp_path: Path) -> None:
     servers = [start(faults=["late"], log=str(tmp_path / str(n))) for n in range(3)]
     began = time.monotonic()
-    check(roll_out(make(*(server.url for server in servers))))
+    check_answers(roll_out(make(*(server.url for server in servers))))
     assert sum(len(lines(tmp_path / str(n))) for n in range(3)) == 12
     assert all(len(lines(tmp_path / str(n))) >= 2 for n in range(3))  # each has two under way at once
     assert time.monotonic() - began < 12 * 0.2  # not one after the other
@@ -247,25 +247,25 @@ FAULTS = ["drop", "ok", "500", "truncated", "ok", "short", "twice", "429", "empt
 
 
 def test_a_faulty_server_answers_every_prompt_in_the_end(make: Callable[..., RunConfig], start: Start) -> None:
-    check(roll_out(make(start(faults=FAULTS).url)))
+    check_answers(roll_out(make(start(faults=FAULTS).url)))
 
 
 @pytest.mark.parametrize("fault", ["slow", "drips"])
 def test_a_slow_answer_is_asked_for_again(make: Callable[..., RunConfig], start: Start, fault: str) -> None:
     server = start(faults=[fault, *["ok"] * 20])
     began = time.monotonic()
-    check(roll_out(make(server.url, rollout__timeout_s=0.5)))
+    check_answers(roll_out(make(server.url, rollout__timeout_s=0.5)))
     assert 0.5 <= time.monotonic() - began < 20
 
 
 def test_a_busy_server_is_asked_later(make: Callable[..., RunConfig], start: Start) -> None:
     """That it takes no more for now is no failure at a prompt."""
-    check(roll_out(make(start(faults=["429"] * 9 + ["ok"] * 12).url, rollout__concurrency=1)))
+    check_answers(roll_out(make(start(faults=["429"] * 9 + ["ok"] * 12).url, rollout__concurrency=1)))
 
 
 def test_a_good_server_makes_up_for_a_bad_one(make: Callable[..., RunConfig], start: Start) -> None:
     for fault in ("500", "drop"):
-        check(roll_out(make(start(faults=[fault]).url, start(faults=["late"]).url, name=fault)))
+        check_answers(roll_out(make(start(faults=[fault]).url, start(faults=["late"]).url, name=fault)))
 
 
 def test_a_server_that_never_answers_right_is_the_end(make: Callable[..., RunConfig], start: Start) -> None:
@@ -306,9 +306,9 @@ def test_other_models_and_keys_are_named(
     with pytest.raises(RunFailed, match=rf"it wants a key \(401: .*\): put it in {API_KEY}"):
         roll_out(make(locked.url, name="locked", rollout__wait_s=0.2))
     monkeypatch.setenv(API_KEY, "secret")
-    check(roll_out(make(locked.url, name="unlocked")))
+    check_answers(roll_out(make(locked.url, name="unlocked")))
     listed = str(Path(str(config.model.path))) + "/."
-    check(roll_out(make(start(models=[listed]).url, name="listed")))  # another spelling of the same folder
+    check_answers(roll_out(make(start(models=[listed]).url, name="listed")))  # another spelling of the same folder
 
 
 def test_each_model_is_asked_of_the_servers_that_have_it(
@@ -321,11 +321,11 @@ def test_each_model_is_asked_of_the_servers_that_have_it(
         start(models=[model], log=str(tmp_path / "have")),
         start(models=["other"], log=str(tmp_path / "not")),
     )
-    check(roll_out(make(have_not.url, have.url)))
+    check_answers(roll_out(make(have_not.url, have.url)))
     assert len(lines(tmp_path / "have")) == 12
     began = time.monotonic()
     shaky = start(models=[model], faults=["drop", *["ok"] * 20])
-    check(roll_out(make(have_not.url, shaky.url, name="shaky")))
+    check_answers(roll_out(make(have_not.url, shaky.url, name="shaky")))
     assert time.monotonic() - began < 15  # not kept for the one that may have the model later
     assert not (tmp_path / "not").exists()
 
@@ -333,7 +333,7 @@ def test_each_model_is_asked_of_the_servers_that_have_it(
 def test_a_server_that_is_not_ready_is_waited_for(make: Callable[..., RunConfig], start: Start) -> None:
     said, display = heard()
     server = start(ready_after=3)
-    check(roll_out(make(server.url), display=display))
+    check_answers(roll_out(make(server.url), display=display))
     assert f"{server.url}: HTTP 503: a word; waiting for it, 20 s at most" in said.getvalue()
     assert f"{server.url} is ready" in said.getvalue()
 
@@ -345,7 +345,7 @@ def test_nobody_there(make: Callable[..., RunConfig], start: Start) -> None:
     with pytest.raises(RunFailed, match=f"no server is left:\n  {url}: connection refused, for 0 s"):
         roll_out(make(url, rollout__wait_s=0.2))
     said, display = heard()
-    check(roll_out(make(url, start(faults=["late"]).url, name="one of two"), display=display))
+    check_answers(roll_out(make(url, start(faults=["late"]).url, name="one of two"), display=display))
     assert f"{url}: connection refused; waiting for it, 20 s at most" in said.getvalue()
 
 
@@ -378,7 +378,7 @@ def test_killed_midway_and_nobody_else(make: Callable[..., RunConfig], run_scrip
     assert "finished shards are kept" in str(failed.value)
     log = tmp_path / "asked"
     process, port = run_script(style="vllm", port=port, log=str(log))
-    check(roll_out(config))
+    check_answers(roll_out(config))
     assert len(lines(log)) == 6
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("policy-*")}.items()
 
@@ -393,7 +393,7 @@ def test_killed_midway_and_started_again(make: Callable[..., RunConfig], run_scr
 
     thread = threading.Thread(target=restart)
     thread.start()
-    check(roll_out(make(f"http://127.0.0.1:{port}")))
+    check_answers(roll_out(make(f"http://127.0.0.1:{port}")))
     thread.join()
 
 
@@ -404,7 +404,7 @@ def test_killed_midway_and_another_takes_over(
     said, display = heard()
     dying = f"http://127.0.0.1:{port}"
     config = make(dying, start(faults=["late"]).url, rollout__wait_s=0.2)
-    check(roll_out(config, display=display))
+    check_answers(roll_out(config, display=display))
     assert process.wait() == -signal.SIGKILL
     assert f"{dying} is given up: connection refused, for 0 s (rollout.wait_s); 1 of 2 servers left" in said.getvalue()
 
@@ -426,7 +426,7 @@ def test_a_stop_keeps_the_finished_shards(make: Callable[..., RunConfig], start:
         roll_out(config, stop=Enough())
     assert time.monotonic() - began < 8  # what is under way is broken off
     server.settings["faults"] = ["ok"]
-    check(roll_out(config))
+    check_answers(roll_out(config))
 
 
 def test_the_key_is_in_no_message(
