@@ -21,8 +21,9 @@ from selm_fast.iteration.rank import held_out_prompts
 from selm_fast.iteration.rankers import Ranker, open_ranker
 from selm_fast.iteration.rollout import POLICY, answer_prompts, check_asked, check_cut, shard_lines
 from selm_fast.iteration.shards import SKIPPED, Sampling
-from selm_fast.iteration.win_rate import mean_interval, win_rate
+from selm_fast.iteration.win_rate import win_rate
 from selm_fast.model import Policy
+from selm_fast.report.intervals import mean_interval
 from selm_fast.training import storage
 from selm_fast.training.machine import choose_device
 

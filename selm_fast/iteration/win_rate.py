@@ -8,12 +8,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-Z: Final = 1.959963984540054  # 97.5% quantile of the standard normal distribution
+from selm_fast.report.intervals import Estimate, Z, wilson
+
 PRIOR_SD: Final = 2.5
 _STEPS: Final = 100
 
 Floats = npt.NDArray[np.float64]
-Interval = list[float | None]  # estimate, low, high; null where there is nothing to estimate from
 
 
 def win_rate(
@@ -43,17 +43,7 @@ def win_rate(
     }
 
 
-def wilson(wins: float, n: int) -> Interval:
-    """Share of wins with Wilson's 95% score interval; a half win may be among them."""
-    if n == 0:
-        return [None, None, None]
-    rate = wins / n
-    centre = (rate + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2))
-    return [rate, min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))]  # but for rounding, as is
-
-
-def length_controlled(outcomes: Floats, differences: Floats) -> Interval:
+def length_controlled(outcomes: Floats, differences: Floats) -> Estimate:
     """Win rate that responses of equal length would have, as in AlpacaEval 2 (arXiv 2404.04475, section 3).
 
     outcomes: (n,) 1 win, 0.5 tie, 0 loss; differences: (n,) of length, in tokens.
@@ -73,19 +63,6 @@ def length_controlled(outcomes: Floats, differences: Floats) -> Interval:
     logit, variance = _fit_intercept(design, outcomes)
     half = Z * math.sqrt(variance)
     return list(_sigmoid(np.array([logit, logit - half, logit + half])).tolist())
-
-
-def mean_interval(values: npt.ArrayLike) -> dict[str, float | None]:
-    """Mean of the values that are not NaN with its normal 95% interval; null where there are too few to tell."""
-    array = np.asarray(values, np.float64)
-    array = array[~np.isnan(array)]
-    if len(array) == 0:
-        return {"mean": None, "low": None, "high": None}
-    mean = float(array.mean())
-    if len(array) == 1:
-        return {"mean": mean, "low": None, "high": None}
-    half = Z * float(array.std(ddof=1)) / math.sqrt(len(array))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def _standardised(differences: Floats) -> Floats:

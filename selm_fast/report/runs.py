@@ -48,6 +48,7 @@ class Run:
 
     name: of the folder, with as many folders above it as tell it from the other runs.
     stages: (iteration, stage) of all that it does, in order; none where it is a folder of `train` alone.
+    folder: where it lies.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Run:
     done: bool
     stages: list[tuple[int, str]]
     iterations: list[Iteration]
+    folder: Path = Path()
 
     def setting(self, name: str) -> Any:
         """A setting by its dotted name; None where there is none."""
@@ -147,6 +149,7 @@ def _read_run(folder: Path, name: str) -> Run:
         done=record.get("done") is True,
         stages=stages,
         iterations=iterations,
+        folder=folder,
     )
 
 

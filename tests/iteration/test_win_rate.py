@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selm_fast.iteration.win_rate import length_controlled, mean_interval, wilson, win_rate
+from selm_fast.iteration.win_rate import length_controlled, win_rate
+from selm_fast.report.intervals import mean_interval, wilson
 
 EMPTY = [None, None, None]
 
