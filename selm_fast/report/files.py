@@ -21,7 +21,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         return mapping(path.read_bytes(), path)
     except OSError as error:
-        raise _refusal(path, error) from error
+        raise refusal(path, error) from error
 
 
 def mapping(raw: bytes, path: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def read_stage_file(folder: Path, name: str, manifest: Manifest) -> bytes:
             return storage.read_checked(folder / name, manifest.files[name].sha256)
         return (folder / name).read_bytes()
     except (OSError, Damaged) as error:
-        raise _refusal(folder / name, error) from error
+        raise refusal(folder / name, error) from error
 
 
 def read_lines(path: Path) -> list[dict[str, float | None]]:
@@ -59,7 +59,7 @@ def read_lines(path: Path) -> list[dict[str, float | None]]:
     try:
         raw = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise _refusal(path, error) from error
+        raise refusal(path, error) from error
     *whole, torn = raw.split(b"\n")
     lines = []
     for number, line in enumerate([*whole, torn], 1):
@@ -119,6 +119,7 @@ def metric(value: Any) -> float | None:
 _REMEDY = "the file is damaged or of another program: leave this run out, or run it again"
 
 
-def _refusal(path: Path, error: Exception) -> Refused:
+def refusal(path: Path, error: Exception) -> Refused:
+    """What a file that cannot be read is refused with."""
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return Refused(f"{path}: {str(reason).removeprefix(f'{path}: ')}; {_REMEDY}")
