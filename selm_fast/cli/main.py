@@ -188,6 +188,12 @@ def _report(arguments: list[str], prog: str, summary: str) -> int:
         type=Path,
         help="the page to write (default: report.html in the folder of the run, or here where there are several)",
     )
+    parser.add_argument(
+        "--data",
+        metavar="ROWS",
+        help="held-out rows, in any format that data.train may have: adds implicit rewards of the trained models on "
+        "them, differences to the first run, and the ranker's scores of rollouts (loads the models)",
+    )
     if _asks_for_help(arguments):
         print(parser.format_help(), end="")
         return 0
@@ -195,7 +201,11 @@ def _report(arguments: list[str], prog: str, summary: str) -> int:
     from selm_fast.report.page import write_report
 
     out = chosen.out or Path(chosen.runs[0] if len(chosen.runs) == 1 else "", "report.html")
-    write_report(chosen.runs, out)
+    if chosen.data is None:
+        write_report(chosen.runs, out)
+    else:
+        _quiet_transformers()
+        write_report(chosen.runs, out, data=chosen.data)
     print(out)
     return 0
 

@@ -17,8 +17,10 @@ from selm_fast.errors import Refused, RunFailed
 from selm_fast.report import charts, iteration_charts, measures, row_measures
 from selm_fast.report.cells import interval
 from selm_fast.report.figures import Chart
+from selm_fast.report.implicit_view import ImplicitView, implicit_view
 from selm_fast.report.numbers import ABSENT, listed, percent
 from selm_fast.report.prompts import prompts
+from selm_fast.report.rollout_rewards import rollout_histograms
 from selm_fast.report.runs import Run, read_runs
 from selm_fast.report.settings import changed_settings, setting_text
 from selm_fast.report.styles import PALETTE, style
@@ -40,11 +42,14 @@ class Head:
     missing: str | None
 
 
-def write_report(runs: Sequence[Path], out: Path) -> None:
+def write_report(runs: Sequence[Path], out: Path, *, data: str | None = None) -> None:
     """Write one HTML file about one run, or several beside each other.
 
     runs: folders of `selm-fast run` or `selm-fast train`, finished or not.
-    Raises Refused where a folder is no run, a file in it is damaged, or `out` cannot be written.
+    data: held-out rows, in any format of `data.train`: implicit rewards on them are shown too, for which the models
+    are loaded and passed over the rows, and the scores of rollouts.
+    Raises Refused where a folder is no run, a file in it is damaged, or `out` cannot be written, and, with `data`,
+    for what `implicit_rewards` refuses; Stopped after a signal while it computes.
     """
     found = read_runs(runs)
     out = out.expanduser()
@@ -52,17 +57,25 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         raise Refused(f"{out} is a folder: give the name of the HTML file to write, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise Refused(f"{out.parent} is no folder: make it first, or give another --out")
-    html = render(found)
+    html = render(found) if data is None else _render_with_data(found, data)
     try:
         storage.write_atomic(out, html.encode())
     except OSError as error:
         raise RunFailed(f"{out} was not written: {error.strerror}") from error
 
 
-def render(runs: Sequence[Run]) -> str:
+def _render_with_data(runs: Sequence[Run], data: str) -> str:
+    from selm_fast.report.log_probs import implicit_rewards  # brings torch, which no other report waits for
+
+    letters, names = _called(runs)
+    rollouts = rollout_histograms(runs, letters, names)  # first: what is damaged is refused before any work
+    found = implicit_rewards(runs, data)
+    return render(runs, implicit=implicit_view(found, data, letters, names), rollouts=rollouts)
+
+
+def render(runs: Sequence[Run], *, implicit: ImplicitView | None = None, rollouts: Chart | None = None) -> str:
     """The page about these runs."""
-    letters = _letters(len(runs)) if len(runs) > 1 else [""]
-    names = [f"{letter} {run.name}".strip() for letter, run in zip(letters, runs, strict=True)]
+    letters, names = _called(runs)
     differ, same = changed_settings(runs)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -91,6 +104,8 @@ def render(runs: Sequence[Run]) -> str:
                 iteration_charts.divergence_chart(runs, names),
             ]
         ),
+        implicit=implicit,
+        rollouts=_shown([rollouts]),
         speed=charts.step_charts(charts.SPEED, runs, names),
         time=_shown([iteration_charts.time_chart(runs, letters)]),
         seconds=tables("Time of each stage", measures.seconds(), runs, names),
@@ -155,6 +170,12 @@ def _headline(run: Run) -> str | None:
 
 def _shown(drawn: Sequence[Chart | None]) -> list[Chart]:
     return [one for one in drawn if one is not None]
+
+
+def _called(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """Letters and names of the runs; one that is alone has no letter."""
+    letters = _letters(len(runs)) if len(runs) > 1 else [""]
+    return letters, [f"{letter} {run.name}".strip() for letter, run in zip(letters, runs, strict=True)]
 
 
 def _letters(wanted: int) -> list[str]:

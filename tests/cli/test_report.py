@@ -37,6 +37,17 @@ def test_the_page_of_one_run_goes_into_it_and_that_of_several_here(stand_in, run
     assert capsys.readouterr().out == "runs/first/report.html\nreport.html\npage.html\npage.html\n"
 
 
+def test_held_out_rows_are_handed_on(stand_in, runs: list[str]) -> None:
+    calls = stand_in(PAGE, "write_report")
+    assert main(["report", *runs, "--data", "rows.jsonl"]) == 0
+    assert main(["report", runs[0], "--data=NAME:test", "--out", "page.html"]) == 0
+    first, second = map(Path, runs)
+    assert calls == [
+        ([first, second], Path("report.html"), {"data": "rows.jsonl"}),
+        ([first], Path("page.html"), {"data": "NAME:test"}),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -45,6 +56,7 @@ def test_the_page_of_one_run_goes_into_it_and_that_of_several_here(stand_in, run
         (["empty"], "empty has no run.json"),
         (["runs/first", "--ou", "x"], "unrecognized arguments: --ou"),
         (["runs/first", "--out"], "argument --out: expected one argument"),
+        (["runs/first", "--data"], "argument --data: expected one argument"),
     ],
 )
 def test_what_is_no_run_is_refused(runs: list[str], capsys, arguments: list[str], message: str) -> None:

@@ -130,9 +130,17 @@ def test_nothing_from_elsewhere(full: tuple[Element, str]) -> None:
     assert html.startswith("<!DOCTYPE html>\n<html")
 
 
+def test_nothing_of_models_where_no_rows_are_given(full: tuple[Element, str]) -> None:
+    assert "implicit" not in {one.attributes.get("id") for one in full[0].all("section")}
+    assert "#rollouts" not in full[1]
+
+
 def test_can_be_read_by_all(full: tuple[Element, str]) -> None:
+    assert_readable(full[0])
+
+
+def assert_readable(page: Element) -> None:
     """Headings without leaps, headers with a scope, charts with a text, scrolling parts that the keyboard reaches."""
-    page, _ = full
     levels = [int(one.tag[1]) for one in page.walk() if re.fullmatch("h[1-6]", one.tag)]
     assert levels.count(1) == 1 and levels[0] == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
@@ -171,15 +179,22 @@ def test_contrast() -> None:
 
 
 def test_every_reference_has_one_target(full: tuple[Element, str]) -> None:
-    page, html = full
+    assert_references(*full)
+
+
+def assert_references(page: Element, html: str) -> None:
+    """Every name of a place in the page is that of one."""
     ids = [one.attributes["id"] for one in page.walk() if "id" in one.attributes]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]*)"', html)) | set(re.findall(r"url\(#([^)]*)\)", html)) <= set(ids)
 
 
 def test_charts_take_the_colours_of_the_page(full: tuple[Element, str]) -> None:
+    assert_coloured(full[0])
+
+
+def assert_coloured(page: Element) -> None:
     """No colour is written in a chart: each is a variable, or that of the text, so that dark mode changes it."""
-    page, _ = full
     for svg in page.all("svg"):
         for one in svg.walk():
             painted = " ".join(f"{one.attributes.get(name) or ''};" for name in ("style", "fill", "stroke"))
