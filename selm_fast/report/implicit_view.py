@@ -12,8 +12,9 @@ from selm_fast.report.contents import Interval
 from selm_fast.report.figures import Chart, XAxis, chart
 from selm_fast.report.implicit import Difference, Floats, ImplicitRewards, average, difference, is_shown
 from selm_fast.report.marks import Line, Mark, Panel, Steps
-from selm_fast.report.numbers import MINUS, count, listed, number, percent
+from selm_fast.report.numbers import MINUS, count, listed, percent
 from selm_fast.report.series import MAX_POINTS, Series
+from selm_fast.report.settings import setting_text
 from selm_fast.report.tables import Cell, Row, Table
 
 BINS = 24
@@ -50,7 +51,7 @@ def implicit_view(
 
 def _about(found: Sequence[ImplicitRewards], data: str, names: Sequence[str]) -> list[str]:
     whom = [
-        f"{name}: {one.model}, against {one.base}, the model that the run began with; beta {number(one.beta)}."
+        f"{name}: {one.model}, against {one.base}; beta {setting_text(one.beta)}."
         for name, one in zip(names, found, strict=True)
     ]
     return [

@@ -110,8 +110,8 @@ def _check_base(models: _Models, asked: Asked, compared: torch.dtype) -> str:
         digest, dtype = asked.trained.recorded
         if weights_digest(loaded.masters.masters, DTYPES[dtype], world) != digest:
             raise Refused(
-                f"{asked.trained.base_name} is not the model that {asked.trained.run} began with: its weights have "
-                "changed since; put them back, or leave the run out"
+                f"the weights of {asked.trained.base_name} have changed since {asked.trained.run} began: "
+                "put them back, or leave the run out"
             )
     return weights_digest(loaded.masters.masters, compared, world)
 
@@ -208,7 +208,7 @@ def _rewards(asked: Asked, policy: ReferenceLogps, base: ReferenceLogps, base_di
 
     return ImplicitRewards(
         model=trained.model,
-        base=trained.base_name,
+        base=f"{trained.base_name}, {trained.base_role}",
         base_digest=base_digest,
         beta=trained.policy.beta,
         rows=np.array([index if group.row_id is None else group.row_id for index, group in enumerate(groups)]),

@@ -19,7 +19,7 @@ from selm_fast.training.run_folder import RunFolder
 class Trained:
     """The last model that a run has finished, and the one that it began with.
 
-    run: its name.  model: what the policy is, in words.  base_name: where the base is from.
+    run: its name.  model: what the policy is, in words.  base_name: where the base is from.  base_role: what it is.
     policy, base: settings of the training that made the policy, with the `model` of each.
     recorded: the digest of the base's weights when the run began, and the dtype they computed in; None: not recorded.
     """
@@ -27,6 +27,7 @@ class Trained:
     run: str
     model: str
     base_name: str
+    base_role: str
     policy: Config
     base: Config
     recorded: tuple[str, str] | None
@@ -74,6 +75,9 @@ def last_trained(run: Run) -> Trained:
         run=run.name,
         model=f"{model} ({kept})",
         base_name=name,
+        base_role="its reference model"
+        if run.plain and config.model.reference
+        else "the model that the run began with",
         policy=common.model_copy(update={"model": policy}),
         base=common.model_copy(update={"model": base}),
         recorded=(digest, dtype) if isinstance(digest, str) and dtype in ("float32", "bfloat16") else None,

@@ -59,7 +59,7 @@ def test_the_base_is_the_beginning(whole: Paths, data: str, tmp_path: Path) -> N
     before = sorted(str(path) for path in whole.root.rglob("*"))
     (found,) = implicit_rewards(of(whole), data)
     config = whole.train_config(2)
-    assert "iteration 2" in found.model and found.base == whole.start
+    assert "iteration 2" in found.model and found.base == f"{whole.start}, the model that the run began with"
     base = Policy.from_pretrained(whole.start)
     expected = groups_of(config, ROWS)
     chosen, rejected = by_definition(policy_of(whole.stage(2, "train")), base, expected, config.beta)
@@ -174,6 +174,6 @@ def test_a_prepared_model_is_found_in_the_run(copy_of_whole: CopyOfWhole, whole:
     record["config"] |= {"prepare": "python:recipes:make", "model": record["config"]["model"] | {"path": None}}
     (root / "run.json").write_text(json.dumps(record))
     (found,) = implicit_rewards(read_runs([root]), data)
-    assert found.base == str(root / "prepare/model")
+    assert found.base.startswith(str(root / "prepare/model"))
     (expected,) = implicit_rewards(of(whole), data)
     assert np.array_equal(found.chosen, expected.chosen) and found.base_digest == expected.base_digest

@@ -173,6 +173,33 @@ def test_a_second_report_makes_no_forward_pass(here: Path, forwards: Keys, capsy
     assert forwards
 
 
+def test_caches_of_their_own(here: Path, forwards: Keys) -> None:
+    """A base that two runs share is passed over once, wherever each of them keeps its log-probs."""
+    path = here / "selm/run.json"
+    path.write_text(path.read_text().replace(str(here / "cache"), str(here / "second")))
+    runs, data = read(here / "dpo", here / "selm"), str(here / "held_out.jsonl")
+    implicit_rewards(runs, data)
+    assert len(forwards) == 3 * len(set(forwards))
+    assert sorted(len(list((here / name).iterdir())) for name in ("cache", "second")) == [1, 2]
+    forwards.clear()
+    implicit_rewards(runs, data)
+    implicit_rewards(runs[::-1], data)
+    assert not forwards
+
+
+def test_in_bf16(here: Path, rewards: list[ImplicitRewards]) -> None:
+    """Rewards are those of the weights as they compute; a base is one in whatever dtype it is asked."""
+    train_run(here / "bf16", here / "base", dtype="bfloat16")
+    found, whole = implicit_rewards(read(here / "bf16", here / "dpo"), str(here / "held_out.jsonl"))
+    assert found.base_digest == whole.base_digest
+    assert np.array_equal(whole.chosen, rewards[0].chosen)
+    expected = groups(here / "dpo", here / "base")
+    chosen, _ = by_definition(policy_of(here / "bf16"), Policy.from_pretrained(here / "base"), expected, BETA)
+    assert found.chosen == pytest.approx(chosen.numpy(), abs=0.1)
+    assert abs(found.chosen - chosen.numpy()).max() > 1e-4  # it did compute in bf16
+    assert abs(chosen).max() > 0.3
+
+
 def test_a_pass_over_other_packs_is_not_used(here: Path, forwards: Keys) -> None:
     """A difference between two policies may be as small as what other neighbours in a pack round off."""
     runs, data = read(here / "dpo"), str(here / "held_out.jsonl")
@@ -197,6 +224,7 @@ def test_other_bases_and_betas_are_said(here: Path, rewards: list[ImplicitReward
     assert warning(rewards[:2], "AB") is None
     train_run(here / "own reference", here / "other", model__reference=str(here / "base"))
     (found,) = implicit_rewards(read(here / "own reference"), str(here / "held_out.jsonl"))
+    assert found.base == f"{here / 'base'}, its reference model"
     assert found.base_digest == rewards[0].base_digest == rewards[1].base_digest != rewards[2].base_digest
     expected = groups(here / "dpo", here / "base")
     chosen, _ = by_definition(policy_of(here / "own reference"), Policy.from_pretrained(here / "base"), expected, BETA)
@@ -211,7 +239,7 @@ def test_the_page_shows_them(full: tuple[Element, str], rewards: list[ImplicitRe
     assert_coloured(page)
     (section,) = [one for one in page.all("section") if one.attributes.get("id") == "implicit"]
     assert [one.words.split(":")[0] for one in section.all("p", "about")[1:4]] == NAMES
-    assert section.words.count("the model that the run began with; beta 0.1") == 2
+    assert section.words.count("the model that the run began with; beta 0.1.") == 2
     (note,) = section.all("p", "missing")
     assert "C began with other weights than A" in note.words and "different betas" in note.words
     shown = table(page, REWARDS)
@@ -348,7 +376,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no base": (lambda here: shutil.rmtree(here / "base"), "base model of selm"),
     "changed base": (
         lambda here: [shutil.rmtree(here / "base"), write_model(here / "base", seed=9)],
-        "is not the model that selm began with",
+        "have changed since selm began",
     ),
     "other base": (
         lambda here: [shutil.rmtree(here / "base"), write_model(here / "base", vocab_size=300)],
