@@ -26,7 +26,7 @@ from selm_fast.report.marks import Line, Panel
 from selm_fast.report.page import write_report
 from selm_fast.training.signals import StopFlag
 
-from ..training.harness import write_model, write_rows
+from ..training.harness import WORDS, write_model, write_rows, write_tokenizer
 from .checks import assert_shows
 from .document import Element, chart, parse, points, summary, table
 from .test_page_itself import assert_coloured, assert_readable, assert_references, assert_safe
@@ -61,6 +61,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_run(folder / "dpo", folder / "base")
     train_run(folder / "selm", folder / "base", method="selm", alpha=0.5, optim__lr=3e-3)
     write_model(folder / "other", seed=5)
+    write_tokenizer(folder / "other", words=WORDS[10:])
     train_run(folder / STRANGE, folder / "other", **OTHER)
     return folder
 
@@ -187,6 +188,16 @@ def test_caches_of_their_own(here: Path, forwards: Keys) -> None:
     assert not forwards
 
 
+def test_a_base_of_random_weights(here: Path) -> None:
+    init = {"model__path": None, "model__init": here / "base/config.json", "model__tokenizer": str(here / "base")}
+    train_run(here / "drawn", here / "base", **init, seed=3)
+    (found,) = implicit_rewards(read(here / "drawn"), str(here / "held_out.jsonl"))
+    base, expected = Policy.from_config(here / "base/config.json", seed=3), groups(here / "dpo", here / "base")
+    chosen, _ = by_definition(policy_of(here / "drawn"), base, expected, BETA)
+    assert found.chosen == pytest.approx(chosen.numpy(), abs=1e-5)
+    assert found.base.startswith("random weights of ")
+
+
 def test_in_bf16(here: Path, rewards: list[ImplicitRewards]) -> None:
     """Rewards are those of the weights as they compute; a base is one in whatever dtype it is asked."""
     train_run(here / "bf16", here / "base", dtype="bfloat16")
@@ -226,7 +237,7 @@ def test_other_bases_and_betas_are_said(here: Path, rewards: list[ImplicitReward
     (found,) = implicit_rewards(read(here / "own reference"), str(here / "held_out.jsonl"))
     assert found.base == f"{here / 'base'}, its reference model"
     assert found.base_digest == rewards[0].base_digest == rewards[1].base_digest != rewards[2].base_digest
-    expected = groups(here / "dpo", here / "base")
+    expected = groups(here / "own reference", here / "other")
     chosen, _ = by_definition(policy_of(here / "own reference"), Policy.from_pretrained(here / "base"), expected, BETA)
     assert found.chosen == pytest.approx(chosen.numpy(), abs=1e-5)  # the reference is the base
 
