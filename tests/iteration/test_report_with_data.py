@@ -22,6 +22,7 @@ from selm_fast.report.page import write_report
 from selm_fast.report.rollout_rewards import read_rollouts, rollout_histograms
 from selm_fast.report.runs import Run, read_runs
 
+from ..report.checks import leave_out_other_charts
 from ..report.document import chart, parse
 from ..report.trained_runs import by_definition, policy_of
 from ..training.harness import groups_of, make_rows, write_rows
@@ -116,7 +117,10 @@ def test_histograms_count_the_scores(whole: Paths, monkeypatch: pytest.MonkeyPat
             assert np.array(mark.heights) * len(scores) == pytest.approx(counts, abs=1e-9)
 
 
-def test_the_page_of_two_runs(copy_of_whole: CopyOfWhole, whole: Paths, data: str, tmp_path: Path) -> None:
+def test_the_page_of_two_runs(
+    copy_of_whole: CopyOfWhole, whole: Paths, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_out_other_charts(monkeypatch)
     copy = Paths(copy_of_whole())
     write_report([whole.root, copy.root], tmp_path / "page.html", data=data)
     page = parse((tmp_path / "page.html").read_text("utf-8"))

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from selm_fast.report import charts, iteration_charts
 from selm_fast.report.page import write_report
 
 from .document import Element, parse
@@ -22,6 +25,12 @@ def report(*runs: Path) -> tuple[Element, str]:
     write_report(runs, out)
     html = out.read_text("utf-8")
     return parse(html), html
+
+
+def leave_out_other_charts(patch: pytest.MonkeyPatch) -> None:
+    """Draw no chart but those that held-out rows add: the others take most of a page's time."""
+    for module in (charts, iteration_charts):
+        patch.setattr(module, "chart", lambda *_, **__: None)
 
 
 def read(path: Path) -> Any:

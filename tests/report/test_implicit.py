@@ -27,7 +27,7 @@ from selm_fast.report.page import write_report
 from selm_fast.training.signals import StopFlag
 
 from ..training.harness import WORDS, write_model, write_rows, write_tokenizer
-from .checks import assert_shows
+from .checks import assert_shows, leave_out_other_charts
 from .document import Element, chart, parse, points, summary, table
 from .test_page_itself import assert_coloured, assert_readable, assert_references, assert_safe
 from .trained_runs import BETA, by_definition, groups, held_out_rows, policy_of, read, settings, train_run
@@ -343,7 +343,10 @@ def test_many_rows_are_drawn_as_few_points(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def test_one_run_on_the_command_line(home: Path, data: str, tmp_path: Path, rewards: list[ImplicitRewards]) -> None:
+def test_one_run_on_the_command_line(
+    home: Path, data: str, tmp_path: Path, rewards: list[ImplicitRewards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_out_other_charts(monkeypatch)
     assert main(["report", str(home / "selm"), "--data", data, "--out", str(tmp_path / "page.html")]) == 0
     page = parse((tmp_path / "page.html").read_text("utf-8"))
     shown = table(page, REWARDS)
