@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from selm_fast.errors import Refused, RunFailed
 from selm_fast.report import charts, iteration_charts, measures, row_measures
@@ -23,12 +18,9 @@ from selm_fast.report.prompts import prompts
 from selm_fast.report.rollout_rewards import rollout_histograms
 from selm_fast.report.runs import Run, read_runs
 from selm_fast.report.settings import changed_settings, setting_text
-from selm_fast.report.styles import PALETTE, style
 from selm_fast.report.tables import tables
+from selm_fast.report.template import page
 from selm_fast.training import storage
-
-# What no page may hold, and what would reorder the text around it.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +69,8 @@ def render(runs: Sequence[Run], *, implicit: ImplicitView | None = None, rollout
     """The page about these runs."""
     letters, names = _called(runs)
     differ, same = changed_settings(runs)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=_printable,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("page.html.j2").render(
+    return page(
+        "page.html.j2",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         heads=[_head(run, letter) for run, letter in zip(runs, letters, strict=True)],
         differ=differ,
@@ -113,12 +98,7 @@ def render(runs: Sequence[Run], *, implicit: ImplicitView | None = None, rollout
         sources=tables("Where chosen and rejected come from", row_measures.sources(runs), runs, names),
         prompts=prompts(runs, names),
         several=len(runs) > 1,
-        palette=PALETTE,
-        style=style,
-        Markup=Markup,
     )
-    # A text may speak of an address; spelt so, nothing in the file is one, and a search for addresses finds none.
-    return html.replace("://", "&#58;//")
 
 
 def _head(run: Run, letter: str) -> Head:
@@ -182,10 +162,3 @@ def _letters(wanted: int) -> list[str]:
     """A, B, ..., Z, AA, AB, ..."""
     names = (*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2)))
     return list(names[:wanted])
-
-
-def _printable(value: Any) -> Any:
-    """Text as a page can hold it; everything the template writes goes through here, and is escaped after."""
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return _UNPRINTABLE.sub("\ufffd", value)
