@@ -18,7 +18,7 @@ export MKL_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env demo extension lint test test-all test-floor test-latest mutants aot bench bench-ops gpu-bench gpu-test gpu-train clean
+.PHONY: help env demo extension lint test test-all test-floor test-latest mutants aot explore bench bench-ops gpu-bench gpu-test gpu-train clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F '|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -58,6 +58,9 @@ mutants: extension ## breaks the kernels one by one, to see a test turn red each
 
 aot: .venv/.stamp ## compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory
 	TRITON_INTERPRET=0 .venv/bin/python -m benchmarks.aot
+
+explore: extension ## SELM, DPO and XPO where the true reward is known: over a thousand small runs, under twenty minutes on two cores
+	.venv/bin/python -m benchmarks.exploration
 
 # All cores: it is a measurement.
 bench-ops: extension ## times the kernels beside their peers on this machine and writes benchmarks/results/

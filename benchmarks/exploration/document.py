@@ -1,0 +1,61 @@
+"""The tables and figures of docs/exploration.md, written between its markers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.exploration import analysis, figures, page
+from benchmarks.exploration.analysis import Results, Table
+from selm_fast.report.styles import PALETTE
+
+DOCUMENT = Path("docs/exploration.md")
+FIGURES = Path("docs/exploration")  # a folder of SVG files
+_BLOCK = re.compile(r"<!-- table: (?P<name>[a-z-]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def markdown(table: Table) -> str:
+    """A table, and what it says of itself."""
+    lines = ["| " + " | ".join(table.head) + " |", "|---" * len(table.head) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+    return "\n".join(([table.about, ""] if table.about else []) + lines)
+
+
+def blocks(result: Mapping[str, Any]) -> dict[str, str]:
+    """By name, what stands between the markers."""
+    results = Results(result["exploration"])
+    found = {table.name: markdown(table) for table in analysis.tables(results)}
+    facts = page.provenance(result, results)
+    return found | {"provenance": "; ".join(f"{name}: {fact}" for name, fact in facts.items()) + "."}
+
+
+def filled(text: str, result: Mapping[str, Any]) -> str:
+    """A document with every block as the results say. Raises ValueError for a block of an unknown name."""
+    known = blocks(result)
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in known:
+            raise ValueError(f"{DOCUMENT}: no table is called {name}; expected one of {', '.join(known)}")
+        return f"<!-- table: {name} -->\n{known[name]}\n<!-- end -->"
+
+    return _BLOCK.sub(fill, text)
+
+
+def stale(result: Mapping[str, Any]) -> list[str]:
+    """The documents whose tables are not what the results say."""
+    text = DOCUMENT.read_text("utf-8")
+    return [] if filled(text, result) == text else [str(DOCUMENT)]
+
+
+def write(result: Mapping[str, Any]) -> None:
+    """Fill the document in place, and draw the figures that it shows."""
+    text = filled(DOCUMENT.read_text("utf-8"), result)
+    DOCUMENT.write_text(text, "utf-8")
+    FIGURES.mkdir(exist_ok=True)
+    for name, drawn in figures.charts(Results(result["exploration"])).items():
+        path = FIGURES / f"{name}.svg"
+        if f"exploration/{path.name}" in text:
+            path.write_text(figures.svg(drawn, PALETTE), "utf-8")
