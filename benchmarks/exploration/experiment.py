@@ -18,6 +18,7 @@ from benchmarks.exploration.environment import Environment, Floats, annotate, su
 from benchmarks.exploration.methods import METHODS, Method, ask, greedy, offline_pairs
 from benchmarks.exploration.tiny_llama import distribution, untrained
 from selm_fast.config import Config
+from selm_fast.data.groups import TokenGroup
 from selm_fast.data.packing import plan_epoch
 from selm_fast.model.fused_layers import fuse
 from selm_fast.training.loop import Trainer
@@ -131,7 +132,7 @@ def settings_of(method: Method, alpha: float, lr: float, seed: int, training: Tr
 
 
 def train_iteration(
-    policy: ControlPolicy, reference: ControlPolicy, config: Config, groups: list[Any], iteration: int
+    policy: ControlPolicy, reference: ControlPolicy, config: Config, groups: list[TokenGroup], iteration: int
 ) -> None:
     """Pack, cache and train, in place: what `selm-fast train` does between reading its rows and writing its model.
 
