@@ -109,6 +109,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the runs that are left")
+        print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
+        sys.exit(75)  # as every command that has saved what it has
     except (Refused, ValueError) as error:
         sys.exit(f"error: {error}")

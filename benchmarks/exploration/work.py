@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -89,7 +90,8 @@ class Work:
 
 
 def _begin() -> None:
-    """One thread a process: the matmuls are smaller than what it takes to share one out."""
+    """One thread a process: the matmuls are smaller than what it takes to share one out. Ctrl-C is for the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

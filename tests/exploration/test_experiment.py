@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,15 +87,16 @@ def test_rollouts_and_the_best_responses_seen_are_counted(
     assert [row[0] for row in asked[0]] == greedy(base, environment)[:24].tolist()
 
 
-def test_xpos_reference_is_the_base_model_in_every_iteration(
+def test_the_reference_is_xpos_base_model_and_selms_previous_iterate(
     environment: Environment, base_weights: Mapping[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Floats]] = {"xpo": [], "selm": []}
     for name, found in seen.items():
 
-        def spy(policy: object, reference: ControlPolicy, *rest: object, into: list[Floats] = found) -> None:
+        def spy(policy: ControlPolicy, reference: ControlPolicy, *rest: Any, into: list[Floats] = found) -> None:
             into.append(distribution(reference.model, environment))
-            train_iteration(policy, reference, *rest)  # type: ignore[arg-type]
+            assert np.array_equal(policy.previous.numpy(), distribution(policy.model, environment))
+            train_iteration(policy, reference, *rest)
 
         monkeypatch.setattr(experiment, "train_iteration", spy)
         run(name, environment, base_weights, alpha=0.01, lr=4e-3, seed=SEED, training=TRAINING)

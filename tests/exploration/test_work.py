@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.exploration import __main__ as command
@@ -92,6 +93,33 @@ def test_processes_come_to_what_one_run_comes_to(made: tuple[Path, dict[str, Any
     )
     assert line["train"] == rounded(outcome.train)
     assert line["held_out"] == rounded(outcome.held_out)
+
+
+def test_figures_over_seeds_are_of_all_seeds(made: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = made
+    done, lr = worker(folder).done, found["tuned"]["dpo"]["lr"]
+    (line,) = found["implicit"]
+    for role in ("chosen", "rejected"):
+        differences = [
+            np.array(done[Job(DEFAULT_WORLD, "selm", 0.1, lr, seed)]["implicit"][role])
+            - np.array(done[Job(DEFAULT_WORLD, "dpo", 0.0, lr, seed)]["implicit"][role])
+            for seed in TINY.seeds
+        ]
+        assert line[role]["means"] == rounded([float(each.mean()) for each in differences])
+        everything = np.sort(np.concatenate(differences))
+        assert line[role]["sorted"][:: results.POINTS - 1] == rounded(everything[[0, -1]].tolist())
+        assert line[role]["sorted"][results.POINTS // 2] == pytest.approx(np.median(everything), rel=1e-4)
+    for counted in found["histograms"]:
+        kind = counted["method"], counted["alpha"], counted["lr"]
+        of_seeds = [done[Job(DEFAULT_WORLD, *kind, seed)]["histograms"] for seed in TINY.seeds]
+        assert counted["counts"] == np.sum(of_seeds, 0).tolist()
+    # The optimum without any tilt is the base model, and one that is all tilt takes the best response.
+    first, *_, last = found["best_policies"]
+    rewards = [done[Job(DEFAULT_WORLD, "dpo", 0.0, lr, seed)]["held_out"]["reward"][0] for seed in TINY.seeds]
+    assert first["kl"] == pytest.approx(0, abs=1e-12)
+    assert first["reward"] == pytest.approx(np.mean(rewards), rel=1e-4)
+    assert last["kl"] > 1
+    assert 0.7 < last["reward"] < 1
 
 
 def test_a_stopped_grid_goes_on_and_comes_to_the_same(

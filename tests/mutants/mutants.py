@@ -6,6 +6,7 @@ from tests.mutants.of_adamw import ADAMW
 from tests.mutants.of_attention import ATTENTION
 from tests.mutants.of_attention_cpp import ATTENTION_CPP, ATTENTION_CSRC
 from tests.mutants.of_csrc import CSRC
+from tests.mutants.of_exploration import EXPLORATION
 from tests.mutants.of_head import HEAD
 from tests.mutants.of_layers import LAYERS, LAYERS_CSRC
 from tests.mutants.of_pairrm import PAIRRM
@@ -21,6 +22,7 @@ MUTANTS = [
     *LAYERS,
     *RANKS,
     *PAIRRM,
+    *EXPLORATION,
     *CSRC,
     *ATTENTION_CSRC,
     *LAYERS_CSRC,
