@@ -87,11 +87,14 @@ def main(given: list[str]) -> int:
         display = Display()
         began = time.monotonic()
         grid = QUICK if args.quick else DEFAULT
-        found = results.make(grid, Work(args.work, grid, sources(), workers=args.workers, display=display))
+        work = Work(args.work, grid, sources(), workers=args.workers, display=display)
+        begun_before = bool(work.done)
+        found = results.make(grid, work)
+        seconds = time.monotonic() - began
         result = machine.described("cpu", shlex.join(["python", "-m", "benchmarks.exploration", *given]))
-        result["workers"] = args.workers
+        result |= {"workers": args.workers, "seconds": None if begun_before else round(seconds)}
         results.write(args.out, result | {"exploration": found})
-        display.say(f"{len(found['runs'])} runs in {args.out}, after {time.monotonic() - began:.0f} s")
+        display.say(f"{len(found['runs'])} runs in {args.out}, after {seconds:.0f} s")
     result = results.read(args.out)
     args.page.parent.mkdir(parents=True, exist_ok=True)
     args.page.write_text(page.render(result), "utf-8")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.exploration import analysis, figures, page
+from benchmarks.exploration import figures, page, tables
 from benchmarks.exploration.analysis import Results, Table
 from selm_fast.report.styles import PALETTE
 
@@ -26,7 +26,7 @@ def markdown(table: Table) -> str:
 def blocks(result: Mapping[str, Any]) -> dict[str, str]:
     """By name, what stands between the markers."""
     results = Results(result["exploration"])
-    found = {table.name: markdown(table) for table in analysis.tables(results)}
+    found = {table.name: markdown(table) for table in tables.tables(results)}
     facts = page.provenance(result, results)
     return found | {"provenance": "; ".join(f"{name}: {fact}" for name, fact in facts.items()) + "."}
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.exploration.analysis import Kind, Results, plain
+from benchmarks.exploration.matched import at_equal_queries
 from benchmarks.exploration.statistics import Interval, interval
 from selm_fast.report.figures import Chart, XAxis, chart
 from selm_fast.report.marks import Line, Mark, Panel, Points, Steps
@@ -114,16 +115,21 @@ def differences(results: Results) -> Chart:
 def by_query(results: Results) -> Chart:
     """Reward by what it cost to ask."""
     marks: list[Mark] = []
+    differences: list[Mark] = []
     for look, kind in enumerate(_main_kinds(results)):
         asked = [interval(results.of(kind, "queries", n)).mean for n in range(results.iterations + 1)]
         marks.append(Line(look, kind.label, _over(results, kind, "held_out/reward", asked)))
+        if kind != results.dpo:
+            series = Series()
+            for place in range(results.iterations + 1):
+                _add(series, *at_equal_queries(results, kind, place / results.iterations))
+            differences.append(Line(look, "", series))
     return chart(
         "True reward by preference query",
         "Held-out prompts. A query is a pair of responses that the annotator compared: up to three a prompt and "
-        "iteration, one for XPO.",
-        [Panel("", marks)],
+        "iteration, one for XPO. Differences are paired, after as many queries; bands are 95% intervals.",
+        [Panel("true reward, share of the highest", marks), Panel("less DPO's", differences, level=0)],
         XAxis(label="queries a prompt"),
-        panel_height=190,
     )
 
 

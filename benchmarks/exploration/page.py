@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.exploration import analysis, figures
+from benchmarks.exploration import figures, tables
 from benchmarks.exploration.analysis import Results
+from benchmarks.exploration.claims import all_claims
 from selm_fast.report.template import page
 
 # What stands under which heading: sentence, charts, tables.
 SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("Claims", "", (), ("claims",)),
-    ("Reward", "What each method comes to.", ("iterations", "queries", "differences"), ("best", "terms")),
+    ("Reward", "What each method comes to.", ("iterations", "queries", "differences"), ("best", "queries", "terms")),
     ("Alpha", "How strong the term should be.", ("alpha",), ("alpha",)),
     ("Learning rate and KL", "Whether a better setting of DPO does the same.", ("kl",), ("rates", "equal-kl")),
     ("Exploration", "What the policy tries, and what it finds.", ("exploration",), ()),
@@ -29,12 +30,12 @@ def render(result: Mapping[str, Any]) -> str:
     """The page about a results file."""
     results = Results(result["exploration"])
     drawn = figures.charts(results)
-    tables = {table.name: table for table in analysis.tables(results)}
+    found = {table.name: table for table in tables.tables(results)}
     sections = [
-        (title, about, [drawn[name] for name in charts], [tables[name] for name in names])
+        (title, about, [drawn[name] for name in charts], [found[name] for name in names])
         for title, about, charts, names in SECTIONS
     ]
-    claims = list(analysis.all_claims(results))
+    claims = list(all_claims(results))
     told = Counter(claim.verdict for claim in claims)
     return page(
         "exploration.html.j2",
@@ -53,6 +54,7 @@ def provenance(result: Mapping[str, Any], results: Results) -> dict[str, str]:
         "runs": f"{len(results.found['runs'])} reported, {len(results.found['tuning'])} for tuning",
         "seeds": f"{len(results.seeds)} reported, {len(results.grid['tuning_seeds'])} for tuning",
         "machine": f"{machine['cpu']}, {machine['cores']} cores",
+        "time": f"{result['seconds']} s, {result['workers']} processes" if result["seconds"] else "in several goes",
         "versions": ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name)),
         "made": f"{result['date']}, "
         + (f"commit {made['id'][:7]}" if made["id"] else f"sources {made['sources'][:7]}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from benchmarks.exploration.environment import divergence, expected, make_environment, tilted
+from benchmarks.exploration.environment import divergence, entropy, expected, make_environment, tilted
 from benchmarks.exploration.experiment import BINS
 from benchmarks.exploration.grid import DEFAULT_WORLD, Grid, Job, Tuned, base_settings
 from benchmarks.exploration.tiny_llama import distribution, untrained
@@ -35,7 +35,7 @@ def make(grid: Grid, work: Work) -> dict[str, Any]:
         "grid": grid.to_json(),
         "tuned": {method: asdict(at) for method, at in tuned.items()},
         "tuning": [asdict(job) | {"reward": reward} for job, reward in rewards.items()],
-        "best_policies": _best_policies(grid, work.bases),
+        **_of_base_models(grid, work.bases),
         "bins": rounded(BINS.tolist()),
         "histograms": _histograms(reported),
         "implicit": _implicit(reported, grid, tuned["dpo"]),
@@ -83,25 +83,32 @@ def _implicit(reported: Outcomes, grid: Grid, dpo: Tuned) -> list[dict[str, Any]
     return found
 
 
-def _best_policies(grid: Grid, bases: Path) -> list[dict[str, float]]:
-    """KL-regularised optima over the base model: the most reward at each distance, means over the seeds."""
+def _of_base_models(grid: Grid, bases: Path) -> dict[str, Any]:
+    """Of the default world's base models, on held-out prompts, means over the reported seeds.
+
+    best_policies: KL-regularised optima over the base model: the most reward at each distance from it.
+    base: its entropy, and how far it is from the prior that it was fitted to, nats.
+    """
     settings = grid.worlds[DEFAULT_WORLD].settings
-    sums = np.zeros((len(STRENGTHS), 2))
+    sums, fits = np.zeros((len(STRENGTHS), 2)), np.zeros(2)
     for seed in grid.seeds:
         environment = make_environment(settings, seed)
+        held_out = environment.held_out
         model = untrained(settings, 0)
         model.load_state_dict(load_file(base_path(bases, base_settings(settings), seed)))
-        base = distribution(model, environment)[environment.held_out]
-        rewards = environment.rewards[environment.held_out]
+        base, rewards = distribution(model, environment)[held_out], environment.rewards[held_out]
+        fits += entropy(base).mean(), divergence(environment.prior[held_out], base).mean()
         for row, strength in enumerate(STRENGTHS):
             best = tilted(base, rewards, strength)
             share = expected(best, rewards).mean() / rewards.max(1).mean()
             sums[row] += divergence(best, base).mean(), share
     means = (sums / len(grid.seeds)).tolist()
-    return [
-        rounded({"strength": strength, "kl": kl, "reward": reward})
+    best_policies = [
+        {"strength": strength, "kl": kl, "reward": reward}
         for strength, (kl, reward) in zip(STRENGTHS, means, strict=True)
     ]
+    of_base = dict(zip(("entropy", "kl_of_prior"), (fits / len(grid.seeds)).tolist(), strict=True))
+    return {"best_policies": rounded(best_policies), "base": rounded(of_base)}
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:

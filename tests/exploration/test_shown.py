@@ -15,8 +15,11 @@ import pytest
 from benchmarks import machine
 from benchmarks.exploration import __main__ as command
 from benchmarks.exploration import document, figures, page, results
-from benchmarks.exploration.analysis import Results, all_claims, at_equal_kl, tables
+from benchmarks.exploration.analysis import Results
+from benchmarks.exploration.claims import all_claims
 from benchmarks.exploration.grid import DEFAULT
+from benchmarks.exploration.matched import at_equal_kl
+from benchmarks.exploration.tables import tables
 from tests.report.document import Element, parse
 
 T_19 = 2.0930  # 97.5% quantile of Student's t with 19 degrees of freedom, from a published table
@@ -192,6 +195,22 @@ def test_equal_kl_reads_dpos_line_where_it_reaches(result: Mapping[str, Any], ru
     assert mean is not None
     assert count == len(differences)
     assert mean.mean == pytest.approx(np.mean(differences), abs=1e-9)
+
+
+def test_equal_queries_compare_lines_where_both_have_asked(
+    result: Mapping[str, Any], runs: Mapping[Key, list[Any]], shown: Mapping[str, list[list[str]]]
+) -> None:
+    dpo = runs["default", "dpo", 0.0, result["exploration"]["tuned"]["dpo"]["lr"]]
+    assert len(shown["queries"]) >= 3
+    for label, lr, queries, difference, verdict in shown["queries"]:
+        asked, differences = [], []
+        for run, other in zip(runs[key_of(label, float(lr))], dpo, strict=True):
+            asked.append(min(run["queries"][-1], other["queries"][-1]))
+            here, there = (np.interp(asked[-1], one["queries"], one["held_out"]["reward"]) for one in (run, other))
+            differences.append(here - there)
+        check_cell(queries, np.mean(asked))
+        check_cell(difference, *interval(np.array(differences)))
+        check_verdict(verdict, interval(np.array(differences)))
 
 
 def test_coins_teach_nothing(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.exploration.analysis import Claim
+from benchmarks.exploration.claims import Claim
 from benchmarks.exploration.statistics import NOT_SHOWN, Interval, at, interval, paired, t_quantile
 
 

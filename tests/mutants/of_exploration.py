@@ -95,9 +95,23 @@ EXPLORATION = [
         f"{_TESTS}test_shown.py",
         ("differences are turned round", "return paired(self.of(kind, name, iteration), self.of(other, name, iteration))", "return paired(self.of(other, name, iteration), self.of(kind, name, iteration))"),
         ("a mean of one seed", "return number(interval(results.of(kind, name)).mean)", "return number(results.of(kind, name)[0])"),
+        ("seeds are not paired", "for seed in self.seeds:\n            value", "for seed in sorted(self.seeds, key=lambda seed: self._runs[kind, seed]['held_out']['reward'][-1]):\n            value"),
+    ),
+    *mutants_of(
+        _HERE + "claims.py",
+        f"{_TESTS}test_shown.py {_TESTS}test_statistics.py",
         ("what includes 0 is shown", "        if self.found.verdict == NOT_SHOWN:\n            return NOT_SHOWN\n", ""),
-        ("worlds are all the default one", 'results.difference(results.at_dpos("selm", alpha, name), dpo)\n            row += ', 'results.difference(results.at_dpos("selm", alpha), results.dpo)\n            row += '),
+    ),
+    *mutants_of(
+        _HERE + "tables_about.py",
+        f"{_TESTS}test_shown.py",
+        ("worlds are all the default one", 'results.difference(results.at_dpos("selm", alpha, name), dpo)', 'results.difference(results.at_dpos("selm", alpha), results.dpo)'),
         ("the control's start is 0", 'paired(results.of(there, f"{part}/reward"), results.of(there, f"{part}/reward", 0))', 'interval(results.of(there, f"{part}/reward"))'),
+    ),
+    *mutants_of(
+        _HERE + "matched.py",
+        f"{_TESTS}test_shown.py",
         ("the line of equal KL begins anywhere", "[0.0, *(each[nth] for each in kls)]", "[1.0, *(each[nth] for each in kls)]"),
+        ("queries are DPO's", "share * min(asked[-1], asked_by_dpo[-1])", "share * asked[-1]"),
     ),
 ]  # fmt: skip
