@@ -7,6 +7,7 @@ L tokens is a response, so that a model's distribution over them is whole and no
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 from itertools import product
 
@@ -77,9 +78,15 @@ class Environment:
         return slice(self.settings.train_prompts, len(self.prompts))
 
 
+def stream(purpose: str, *numbers: int) -> np.random.Generator:
+    """Random numbers of their own for each purpose, seed and iteration; the trainer's order of rows has others."""
+    # A 1 at the end, since numpy takes [seed] and [seed, 0] for the same.
+    return np.random.default_rng([zlib.crc32(purpose.encode()), *numbers, 1])
+
+
 def make_environment(settings: Settings, seed: int) -> Environment:
     """The world of a seed: equal seeds give equal worlds, whatever the annotator is like."""
-    rng = np.random.default_rng([seed, 0])
+    rng = stream("world", seed)
     tokens = range(settings.vocabulary)
     every = np.array(list(product(tokens, repeat=settings.prompt_tokens)))
     prompts = rng.permutation(every)[: settings.train_prompts + settings.held_out_prompts]
@@ -122,7 +129,7 @@ def annotate(environment: Environment, seed: int, iteration: int) -> Floats:
     and that of two Bradley and Terry's. The numbers are of the seed and the iteration alone, so that methods that ask
     about the same responses are told the same.
     """
-    gumbel = np.random.default_rng([seed, 1, iteration]).gumbel(size=environment.rewards.shape)
+    gumbel = stream("annotator", seed, iteration).gumbel(size=environment.rewards.shape)
     if environment.settings.zero_reward:
         return gumbel
     return environment.rewards / environment.settings.noise + gumbel

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ class Training:
     iterations: int = 6
     groups: int = 32  # of an optimiser step
     beta: float = 0.1
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of each iteration, which begins its optimiser anew
+    warmup: float = 0.1  # share of an iteration's steps: of six, the first one, at learning rate 0
     offline: bool = True  # whether the offline pair is among the candidates
 
 
@@ -118,14 +120,14 @@ def run(
 
 
 def settings_of(method: Method, alpha: float, lr: float, seed: int, training: Training) -> Config:
-    """The trainer's settings. DPO is its `method: dpo`; the paper's other settings are as in its recipes."""
+    """The trainer's settings; what is not named here is its default. DPO is its `method: dpo`."""
     return Config(
         method=method.setting,
         beta=training.beta,
         alpha=0.0 if method.setting == "dpo" else alpha,
         seed=seed,
         device="cpu",
-        optim={"lr": lr, "schedule": "cosine", "warmup": 0.1},  # type: ignore[arg-type]
+        optim={"lr": lr, "schedule": training.schedule, "warmup": training.warmup},  # type: ignore[arg-type]
         batch={"groups": training.groups, "max_tokens": MAX_TOKENS},  # type: ignore[arg-type]
         checkpoint={"every": 10**9, "keep": 1},  # type: ignore[arg-type]
     )
@@ -142,7 +144,9 @@ def train_iteration(
         groups, groups_per_step=config.batch.groups, max_tokens=MAX_TOKENS, seed=config.seed, epoch=iteration
     )
     losses: list[float] = []
-    with tempfile.TemporaryDirectory() as name, StopFlag() as stop:
+    # Not entered: signals are for the process that hands out the runs, and end this one as they end any other.
+    stop = StopFlag()
+    with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(Path(name))
         # In a folder of its own a cache has nothing to be mistaken for.
         cache = ReferenceCache(folder.path / "cache", {"iteration": iteration})
@@ -153,8 +157,6 @@ def train_iteration(
             Utilisation(None, 1, math.nan), Display(quiet=True), stop,
             lambda metrics: losses.append(metrics["loss/preference"]),
         ).run()  # fmt: skip
-        if stop.requested:
-            raise KeyboardInterrupt
     if reference is policy and losses[0] != math.log(2):
         raise RuntimeError(f"the first step's preference loss is {losses[0]!r}; expected ln 2 to the bit")
 

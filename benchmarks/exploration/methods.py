@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks.exploration.environment import Environment, Floats, Ints, annotate
+from benchmarks.exploration.environment import Environment, Floats, Ints, annotate, stream
 from selm_fast.data.groups import TokenGroup
 from selm_fast.iteration.candidates import Candidate, choose
 
@@ -67,7 +67,7 @@ def sample(logps: Floats, rng: np.random.Generator) -> Ints:
 
 def offline_pairs(base: Floats, seed: int) -> Ints:
     """(P, 2): two different responses of the base model to each prompt, the same in every iteration and method."""
-    gumbel = np.random.default_rng([seed, 3]).gumbel(size=base.shape)
+    gumbel = stream("offline pairs", seed).gumbel(size=base.shape)
     return np.argsort(-(base + gumbel), 1)[:, :2]  # the two largest are a draw without replacement
 
 
@@ -103,7 +103,7 @@ def ask(
     offline: whether the offline pair is among the candidates; else two more samples of the previous iterate are.
     """
     likes = annotate(environment, seed, iteration)
-    rng = np.random.default_rng([seed, 4, iteration])
+    rng = stream("rollout", seed, iteration)
     # Drawn whether a method needs them or not: those that do then have the same.
     sampled, more, other, of_base = (sample(logps, rng) for logps in (previous, previous, previous, base))
     likeliest = greedy(previous, environment)

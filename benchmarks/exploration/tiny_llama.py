@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.exploration.environment import Environment, Floats, Ints, Settings
+from benchmarks.exploration.environment import Environment, Floats, Ints, Settings, stream
 from selm_fast.model.attention import NAME
 
 PROMPTS = 32  # of each step
@@ -20,7 +20,7 @@ LR = 5e-3
 def make_base(environment: Environment, seed: int, *, steps: int = 300) -> transformers.LlamaForCausalLM:
     """A two-layer Llama in fp32, fitted to the prior of all prompts: the base model."""
     model = untrained(environment.settings, seed)
-    rng = np.random.default_rng([seed, 2])
+    rng = stream("base model", seed)
     prior = torch.from_numpy(np.exp(environment.prior))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from benchmarks.exploration.environment import Settings, make_environment
 from benchmarks.exploration.experiment import run
 from benchmarks.exploration.grid import Grid, Job, base_settings
 from benchmarks.exploration.tiny_llama import make_base
+from selm_fast.errors import RunFailed
 from selm_fast.training.progress import Display
 
 DIGITS = 5  # significant ones, of a figure in a result
@@ -45,7 +47,8 @@ class Work:
         """By job, what its run came to. A line that was cut by a kill is dropped, and done again."""
         found: dict[Job, dict[str, Any]] = {}
         whole = b""
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
+        there = self.path.read_bytes() if self.path.exists() else b""
+        for line in there.splitlines(keepends=True):
             try:
                 record = json.loads(line)
             except ValueError:
@@ -54,7 +57,8 @@ class Work:
                 break
             found[Job(**record["job"])] = record["outcome"]
             whole += line
-        self.path.write_bytes(whole)
+        if whole != there:
+            self.path.write_bytes(whole)
         return found
 
     def do(self, name: str, jobs: Sequence[Job]) -> dict[Job, dict[str, Any]]:
@@ -78,15 +82,24 @@ class Work:
     ) -> Iterator[T]:
         if not arguments:
             return
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # imported once for all processes
         with (
             self.display.phase(name, already + len(arguments), "runs", done=already) as phase,
-            context.Pool(min(self.workers, len(arguments)), _begin) as pool,
+            self._processes(len(arguments)) as spread,
         ):
-            for result in pool.imap_unordered(function, arguments):
+            for result in spread(function, arguments):
                 yield result
                 phase.advance()
+
+    @contextmanager
+    def _processes(self, wanted: int) -> Iterator[Callable[..., Iterator[Any]]]:
+        """What maps a function over arguments, in any order: over processes, or here where one is enough."""
+        if self.workers == 1:
+            yield map
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # imported once for all processes
+        with context.Pool(min(self.workers, wanted), _begin) as pool:
+            yield pool.imap_unordered
 
 
 def _begin() -> None:
@@ -112,10 +125,13 @@ def _make_base(arguments: tuple[Path, Settings, int, int]) -> None:
 def _run_job(arguments: tuple[Path, Job, Any]) -> tuple[Job, dict[str, Any]]:
     folder, job, world = arguments
     weights = load_file(base_path(folder, base_settings(world.settings), job.seed))
-    outcome = run(
-        job.method, make_environment(world.settings, job.seed), weights,
-        alpha=job.alpha, lr=job.lr, seed=job.seed, training=world.training,
-    )  # fmt: skip
+    try:
+        outcome = run(
+            job.method, make_environment(world.settings, job.seed), weights,
+            alpha=job.alpha, lr=job.lr, seed=job.seed, training=world.training,
+        )  # fmt: skip
+    except Exception as error:
+        raise RunFailed(f"{job}: {error}") from error
     return job, rounded({name: getattr(outcome, name) for name in outcome.__slots__ if name != "weights"})
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import machine
 from benchmarks.exploration import __main__ as command
 from benchmarks.exploration import results, work
 from benchmarks.exploration.environment import make_environment
 from benchmarks.exploration.experiment import run
 from benchmarks.exploration.grid import DEFAULT, DEFAULT_WORLD, QUICK, ZERO_REWARD, Grid, Job, Tuned, World
 from benchmarks.exploration.work import Work, rounded
+from selm_fast.errors import RunFailed
 from selm_fast.training.progress import Display
 
 from .conftest import SETTINGS, TRAINING
@@ -38,8 +43,8 @@ TINY = Grid(
 )
 
 
-def worker(folder: Path, grid: Grid = TINY, sources: str = "a") -> Work:
-    return Work(folder, grid, sources, workers=2, display=Display(quiet=True))
+def worker(folder: Path, grid: Grid = TINY, sources: str = "a", workers: int = 1) -> Work:
+    return Work(folder, grid, sources, workers=workers, display=Display(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,12 @@ def test_the_best_on_the_tuning_seeds_is_chosen_whatever_the_others_say() -> Non
     assert grid.choose(rewards) == {"dpo": Tuned(0.0, 4e-3), "selm": Tuned(0.3, 1e-3)}
 
 
-def test_processes_come_to_what_one_run_comes_to(made: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.slow
+def test_processes_come_to_what_one_comes_to(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    assert results.make(TINY, worker(tmp_path, workers=2)) == made[1]
+
+
+def test_a_line_is_what_its_run_comes_to(made: tuple[Path, dict[str, Any]]) -> None:
     folder, found = made
     job = Job(DEFAULT_WORLD, "selm", 0.1, found["tuned"]["dpo"]["lr"], 1)
     (line,) = [row for row in found["runs"] if Job(**{name: row[name] for name in Job.__slots__}) == job]
@@ -141,6 +151,43 @@ def test_a_stopped_grid_goes_on_and_comes_to_the_same(
     assert results.make(TINY, again) == found
     assert len(done) == 2
     assert sorted(again.path.read_bytes().splitlines()) == sorted(line.strip() for line in lines)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_grid_at_once_and_keeps_what_is_done(tmp_path: Path) -> None:
+    """Of its parent alone, in the middle of a run: no worker may take a signal for its own and hang."""
+    code = (
+        "import time, _thread, threading\n"
+        "from pathlib import Path\n"
+        "from benchmarks.exploration import work\n"
+        "from tests.exploration import test_work\n"
+        "def main():\n"
+        f"    made = test_work.worker(Path({str(tmp_path)!r}), workers=2)\n"
+        "    def interrupt():\n"
+        "        while not made.done: time.sleep(.01)\n"
+        "        _thread.interrupt_main()\n"
+        "    threading.Thread(target=interrupt, daemon=True).start()\n"
+        "    jobs = [test_work.Job('default', 'selm', .1, 1e-4 * n, 100) for n in range(1, 99)]\n"
+        "    made.do('runs', jobs)\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    script = tmp_path / "stopped.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(machine.ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0
+    assert "KeyboardInterrupt" in ended.stderr
+    assert 1 <= len(worker(tmp_path).done) < 50
+
+
+def test_a_run_that_fails_is_named(made: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = made
+    job = Job(DEFAULT_WORLD, "selm", 0.1, -1.0, 100)
+    with pytest.raises(
+        RunFailed, match=r"Job\(world='default', method='selm', alpha=0.1, lr=-1.0, seed=100\): 1 validation"
+    ):
+        worker(folder).do("runs", [job])
 
 
 def test_other_sources_or_another_grid_use_nothing_of_what_is_there(made: tuple[Path, dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ EXPLORATION = [
         ("the prior is the reward", "settings.correlation * rewards + math.sqrt(1 - settings.correlation**2) * other", "rewards"),
         ("noise multiplies", "environment.rewards / environment.settings.noise + gumbel", "environment.rewards * environment.settings.noise + gumbel"),
         ("coins see the reward", "        return gumbel\n", "        return environment.rewards + gumbel\n"),
-        ("every iteration hears the same", "default_rng([seed, 1, iteration])", "default_rng([seed, 1])"),
+        ("every iteration hears the same", 'stream("annotator", seed, iteration)', 'stream("annotator", seed)'),
         ("the tilt goes down", "log_softmax(logps + strength * rewards)", "log_softmax(logps - strength * rewards)"),
         ("the divergence is turned round", "return expected(logps, logps - base)", "return expected(base, base - logps)"),
         ("the entropy is negative", "    return -expected(logps, logps)", "    return expected(logps, logps)"),
