@@ -66,9 +66,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}; expected 1 or more")
-    if args.quick and args.out is None:
-        parser.error("--quick needs --out: the results that are shown are those of the whole grid")
     args.out = args.out or results.DEFAULT_PATH
+    args.committed = args.out.resolve() == results.DEFAULT_PATH.resolve()
+    if args.quick and args.committed:
+        parser.error(f"--quick needs another --out than {results.DEFAULT_PATH}, which is of the whole grid")
+    if args.check and args.render:
+        parser.error("--check writes nothing, and --render does: give one of them")
     if (args.render or args.check) and not args.out.is_file():
         parser.error(f"{args.out} is not there: run without --render and --check to make it")
     return args
@@ -87,11 +90,12 @@ def main(given: list[str]) -> int:
         display = Display()
         began = time.monotonic()
         grid = QUICK if args.quick else DEFAULT
+        # Before the runs: the tree may change under them.
+        result = machine.described("cpu", shlex.join(["python", "-m", "benchmarks.exploration", *given]))
         work = Work(args.work, grid, sources(), workers=args.workers, display=display)
         begun_before = bool(work.done)
         found = results.make(grid, work)
         seconds = time.monotonic() - began
-        result = machine.described("cpu", shlex.join(["python", "-m", "benchmarks.exploration", *given]))
         result |= {"workers": args.workers, "seconds": None if begun_before else round(seconds)}
         results.write(args.out, result | {"exploration": found})
         display.say(f"{len(found['runs'])} runs in {args.out}, after {seconds:.0f} s")
@@ -99,7 +103,7 @@ def main(given: list[str]) -> int:
     args.page.parent.mkdir(parents=True, exist_ok=True)
     args.page.write_text(page.render(result), "utf-8")
     print(args.page)
-    if args.out == results.DEFAULT_PATH:
+    if args.committed:
         document.write(result)
     return 0
 
