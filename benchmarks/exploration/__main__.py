@@ -14,7 +14,9 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,7 +98,7 @@ def main(given: list[str]) -> int:
         begun_before = bool(work.done)
         found = results.make(grid, work)
         seconds = time.monotonic() - began
-        result |= {"workers": args.workers, "seconds": None if begun_before else round(seconds)}
+        result |= {"workers": args.workers, "seconds": _seconds(args.out, found, None if begun_before else seconds)}
         results.write(args.out, result | {"exploration": found})
         display.say(f"{len(found['runs'])} runs in {args.out}, after {seconds:.0f} s")
     result = results.read(args.out)
@@ -106,6 +108,20 @@ def main(given: list[str]) -> int:
     if args.committed:
         document.write(result)
     return 0
+
+
+def _seconds(out: Path, found: Mapping[str, Any], seconds: float | None) -> int | None:
+    """How long all the runs took in one go: now, or when the file that is there was made of the same runs."""
+    if seconds is not None:
+        return round(seconds)
+    before = results.read(out) if out.is_file() else None
+    if before is None or len(before["exploration"]["runs"]) != len(found["runs"]):
+        return None
+    same = all(
+        old["held_out"]["reward"] == new["held_out"]["reward"]
+        for old, new in zip(before["exploration"]["runs"], found["runs"], strict=True)
+    )
+    return before["seconds"] if same else None  # type: ignore[no-any-return]
 
 
 def _cores() -> int:

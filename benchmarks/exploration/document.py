@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.exploration import figures, page, tables
 from benchmarks.exploration.analysis import Results, Table
+from selm_fast.report.figures import Chart
 from selm_fast.report.styles import PALETTE
 
 DOCUMENT = Path("docs/exploration.md")
@@ -45,9 +46,14 @@ def filled(text: str, result: Mapping[str, Any]) -> str:
 
 
 def stale(result: Mapping[str, Any]) -> list[str]:
-    """The documents whose tables are not what the results say."""
+    """The files whose tables or figures are not what the results say."""
     text = DOCUMENT.read_text("utf-8")
-    return [] if filled(text, result) == text else [str(DOCUMENT)]
+    found = [] if filled(text, result) == text else [str(DOCUMENT)]
+    for path, drawn in _figures(result, text):
+        # By what it shows, in words and numbers: another matplotlib draws the same with other bytes.
+        if not path.is_file() or figures.described(drawn) not in path.read_text("utf-8"):
+            found.append(str(path))
+    return found
 
 
 def write(result: Mapping[str, Any]) -> None:
@@ -55,7 +61,13 @@ def write(result: Mapping[str, Any]) -> None:
     text = filled(DOCUMENT.read_text("utf-8"), result)
     DOCUMENT.write_text(text, "utf-8")
     FIGURES.mkdir(exist_ok=True)
-    for name, drawn in figures.charts(Results(result["exploration"])).items():
-        path = FIGURES / f"{name}.svg"
-        if f"exploration/{path.name}" in text:
-            path.write_text(figures.svg(drawn, PALETTE), "utf-8")
+    for path, drawn in _figures(result, text):
+        path.write_text(figures.svg(drawn, PALETTE), "utf-8")
+
+
+def _figures(result: Mapping[str, Any], text: str) -> Iterator[tuple[Path, Chart]]:
+    """Path and chart of each figure that the document shows."""
+    results = Results(result["exploration"])
+    for name, draw in figures.CHARTS.items():
+        if f"]({FIGURES.name}/{name}.svg)" in text:
+            yield FIGURES / f"{name}.svg", draw(results)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 from benchmarks.exploration.analysis import Kind, Results, plain
@@ -11,22 +12,6 @@ from benchmarks.exploration.statistics import Interval, interval
 from selm_fast.report.figures import Chart, XAxis, chart
 from selm_fast.report.marks import Line, Mark, Panel, Points, Steps
 from selm_fast.report.series import Series
-
-
-def charts(results: Results) -> dict[str, Chart]:
-    """By name, in the order of the page."""
-    return {
-        "alpha": by_alpha(results),
-        "iterations": by_iteration(results),
-        "differences": differences(results),
-        "queries": by_query(results),
-        "histograms-alpha": histograms_by_alpha(results),
-        "histograms-iteration": histograms_by_iteration(results),
-        "implicit": implicit(results),
-        "exploration": what_is_explored(results),
-        "kl": reward_and_kl(results),
-        "worlds": worlds(results),
-    }
 
 
 def _main_kinds(results: Results) -> list[Kind]:
@@ -122,7 +107,7 @@ def by_query(results: Results) -> Chart:
         if kind != results.dpo:
             series = Series()
             for place in range(results.iterations + 1):
-                _add(series, *at_equal_queries(results, kind, place / results.iterations))
+                _add(series, *at_equal_queries(results, kind, results.dpo, place / results.iterations))
             differences.append(Line(look, "", series))
     return chart(
         "True reward by preference query",
@@ -195,8 +180,8 @@ def implicit(results: Results) -> Chart:
         panels.append(Panel(f"alpha {plain(line['alpha'])}", marks, level=0))
     return chart(
         "Implicit reward, SELM less DPO",
-        "beta (log pi_SELM - log pi_DPO) on held-out prompts' offline responses of all seeds, sorted (the paper's "
-        "Fig. 4).",
+        "beta (log pi_SELM - log pi_DPO) after the last iteration, on held-out prompts' offline responses of all "
+        "seeds, sorted (the paper's Fig. 4).",
         panels,
         XAxis(label="responses, %"),
     )
@@ -239,7 +224,7 @@ def reward_and_kl(results: Results) -> Chart:
         marks.append(Points(look, kind.label, series))
     return chart(
         "True reward and KL to the base model",
-        "Held-out prompts, after the last iteration. No policy lies above the optimum.",
+        "Held-out prompts, means over the seeds after the last iteration. The optimum is that of the base models.",
         [Panel("true reward, share of the highest", marks)],
         XAxis(label="KL to the base model, nats"),
         panel_height=220,
@@ -267,6 +252,25 @@ def worlds(results: Results) -> Chart:
     )
 
 
+CHARTS: Mapping[str, Callable[[Results], Chart]] = {
+    "alpha": by_alpha,
+    "iterations": by_iteration,
+    "differences": differences,
+    "queries": by_query,
+    "histograms-alpha": histograms_by_alpha,
+    "histograms-iteration": histograms_by_iteration,
+    "implicit": implicit,
+    "exploration": what_is_explored,
+    "kl": reward_and_kl,
+    "worlds": worlds,
+}
+
+
+def described(drawn: Chart) -> str:
+    """What a chart shows, in words and numbers: by it a file is known to be up to date, whatever drew it."""
+    return f"<desc>{escape(drawn.summary)}</desc>"
+
+
 def svg(drawn: Chart, palette: Sequence[tuple[str, str]]) -> str:
     """A chart as a file of its own, on white; its legend is below it."""
     colours: dict[str, Any] = {f"--s{nth}": light for nth, (light, _) in enumerate(palette)}
@@ -287,5 +291,5 @@ def svg(drawn: Chart, palette: Sequence[tuple[str, str]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{drawn.width}" '
         f'height="{height:g}" viewBox="0 0 {drawn.width} {height:g}" font-family="system-ui, sans-serif" '
         f'font-size="12" style="color:#1c2530;background:#ffffff;{style}"><title>{drawn.title}</title>'
-        f"{drawn.body}{''.join(rows)}</svg>\n"
+        f"{described(drawn)}{drawn.body}{''.join(rows)}</svg>\n"
     )

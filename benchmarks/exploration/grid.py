@@ -147,9 +147,9 @@ def _worlds() -> dict[str, World]:
 DEFAULT = Grid(
     worlds=_worlds(),
     tuning_seeds=range(1000, 1010),
-    seeds=range(100, 120),
-    lrs=(1e-3, 2e-3, 3e-3, 4e-3, 6e-3),
-    tuning_alphas={"dpo": (0.0,), "selm": (0.01, 0.03, 0.1), "xpo": (1e-3, 1e-2, 3e-2)},
+    seeds=range(200, 220),
+    lrs=(1e-3, 2e-3, 4e-3, 6e-3, 1e-2),
+    tuning_alphas={"dpo": (0.0,), "selm": (0.03, 0.1), "xpo": (1e-3, 1e-2, 3e-2)},
     ablation=(1e-3, 0.03, 0.1, 0.3, 1.0),
     few=(0.1, 0.3),
 )

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.exploration import figures, tables
+from benchmarks.exploration import tables
 from benchmarks.exploration.analysis import Results
 from benchmarks.exploration.claims import all_claims
+from benchmarks.exploration.figures import CHARTS
 from selm_fast.report.template import page
 
 # What stands under which heading: sentence, charts, tables.
@@ -29,10 +30,9 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
 def render(result: Mapping[str, Any]) -> str:
     """The page about a results file."""
     results = Results(result["exploration"])
-    drawn = figures.charts(results)
     found = {table.name: table for table in tables.tables(results)}
     sections = [
-        (title, about, [drawn[name] for name in charts], [found[name] for name in names])
+        (title, about, [CHARTS[name](results) for name in charts], [found[name] for name in names])
         for title, about, charts, names in SECTIONS
     ]
     claims = list(all_claims(results))

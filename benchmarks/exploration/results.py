@@ -19,8 +19,8 @@ from benchmarks.exploration.work import Work, base_path, rounded
 
 DEFAULT_PATH = Path("benchmarks/results/exploration.json")
 POINTS = 101  # of sorted differences
-STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # of the best policies at a distance
-SPARSE = {"train": ("reward",), "held_out": ("reward", "kl")}  # of the other worlds' runs
+STRENGTHS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 200.0)  # of the best policies at a distance
+SPARSE = {"train": ("reward",), "held_out": ("reward", "kl")}  # of the other worlds' runs, and `queries`
 
 Outcomes = Mapping[Job, Mapping[str, Any]]
 
@@ -45,7 +45,8 @@ def make(grid: Grid, work: Work) -> dict[str, Any]:
 
 def _figures(job: Job, outcome: Mapping[str, Any]) -> dict[str, Any]:
     if job.world != DEFAULT_WORLD:
-        return {part: {name: outcome[part][name] for name in names} for part, names in SPARSE.items()}
+        sparse = {part: {name: outcome[part][name] for name in names} for part, names in SPARSE.items()}
+        return sparse | {"queries": outcome["queries"]}
     return {name: outcome[name] for name in ("train", "held_out", "queries", "rollouts", "best_seen")}
 
 
@@ -64,7 +65,7 @@ def _histograms(reported: Outcomes) -> list[dict[str, Any]]:
 
 
 def _implicit(reported: Outcomes, grid: Grid, dpo: Tuned) -> list[dict[str, Any]]:
-    """r_SELM - r_DPO on the held-out prompts' chosen and rejected responses, of one seed and learning rate each.
+    """r_SELM - r_DPO on the held-out prompts' chosen and rejected responses, at DPO's learning rate.
 
     sorted: POINTS quantiles over the responses of all seeds.  means: by seed.
     """

@@ -24,7 +24,7 @@ class Interval:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether it is above or below 0; not shown where the interval includes 0, or all seeds agree on it."""
+        """Whether it is above or below 0; not shown where the interval includes 0, or is 0."""
         if self.low > 0:
             return "higher"
         return "lower" if self.high < 0 else NOT_SHOWN

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from benchmarks.exploration.analysis import Kind, Results, Table, average, cell, plain, shown
 from benchmarks.exploration.claims import all_claims
-from benchmarks.exploration.matched import at_equal_kl, at_equal_queries
-from benchmarks.exploration.statistics import interval
+from benchmarks.exploration.matched import at_equal_kl, at_equal_queries, dpo_at_every_rate, least
+from benchmarks.exploration.statistics import NOT_SHOWN, interval
 from benchmarks.exploration.tables_about import control, implicit, setup, tuning, worlds
 from selm_fast.report.numbers import ABSENT, number
 
@@ -18,7 +18,10 @@ def tables(results: Results) -> list[Table]:
 
 def claims(results: Results) -> Table:
     """The claims and what became of them."""
-    rows = [[claim.text, claim.measure, cell(claim.found), claim.verdict] for claim in all_claims(results)]
+    rows = [
+        [claim.text, claim.measure, cell(claim.found) if claim.found else ABSENT, claim.verdict]
+        for claim in all_claims(results)
+    ]
     return Table(
         "claims",
         "What holds, and what does not",
@@ -70,7 +73,7 @@ def terms(results: Results) -> Table:
     return Table(
         "terms",
         "Which response is pushed down",
-        "All ask about the same candidates and differ in the term alone.",
+        "All ask by the same rule and differ in the term alone.",
         ["method", "true reward", "to DPO", "", "to SELM with greedy y", ""],
         rows,
     )
@@ -80,17 +83,32 @@ def best(results: Results) -> Table:
     """Methods at their best settings."""
     xpo = results.tuned("xpo")
     kinds = [*(results.tuned(method) for method in results.found["tuned"]), Kind("xpo", 0.0, xpo.lr)]
+    others = dpo_at_every_rate(results)
     rows = []
     for kind in kinds:
-        found = results.difference(kind, results.dpo)
-        against = [cell(found), shown(found)] if kind != results.dpo else [ABSENT, ABSENT]
+        against = [ABSENT] * 4
+        if kind != results.dpo:
+            found = results.difference(kind, results.dpo)
+            lowest = least(results.difference(kind, other) for other in others)
+            against = [cell(found), shown(found), cell(lowest), shown(lowest)]
+        name = kind.label if kind.alpha or kind == results.dpo else "XPO without its term"
         queries = number(interval(results.of(kind, "queries")).mean)
-        rows.append([kind.label, plain(kind.lr), average(results, kind), *against, queries])
+        rows.append([name, plain(kind.lr), average(results, kind), *against, queries])
     return Table(
         "best",
         "Each method at its best settings",
-        "Alpha and learning rate are those with the highest reward on the tuning seeds.",
-        ["method", "learning rate", "true reward", "to DPO", "", "queries a prompt"],
+        "Alpha and learning rate are those with the highest reward on the tuning seeds; XPO without its term has XPO's "
+        "rate. DPO at any rate: the least of the differences to it at each of its learning rates.",
+        [
+            "method",
+            "learning rate",
+            "true reward",
+            "to DPO at its best",
+            "",
+            "to DPO at any rate",
+            "",
+            "queries a prompt",
+        ],
         rows,
     )
 
@@ -125,32 +143,37 @@ def equal_queries(results: Results) -> Table:
     kinds += [results.tuned(method) for method in results.found["tuned"] if method != "dpo"]
     rows = []
     for kind in dict.fromkeys([*kinds, Kind("xpo", 0.0, xpo.lr)]):
-        queries, found = at_equal_queries(results, kind)
-        rows.append([kind.label, plain(kind.lr), number(queries), cell(found), shown(found)])
+        queries, found = at_equal_queries(results, kind, results.dpo)
+        lowest = least(at_equal_queries(results, kind, other)[1] for other in dpo_at_every_rate(results))
+        name = kind.label if kind.alpha else "XPO without its term"
+        compared = [cell(found), shown(found), cell(lowest), shown(lowest)]
+        rows.append([name, plain(kind.lr), number(queries), *compared])
     return Table(
         "queries",
         "After as many queries",
         "A query is a pair that the annotator compared. Rewards are read off the lines through the iterations, seed by "
-        "seed, at the queries that both methods have asked.",
-        ["method", "learning rate", "queries a prompt", "to DPO after as many", ""],
+        "seed, at the queries that both methods have asked; where one asks less in an iteration, it has then trained "
+        "for more steps.",
+        ["method", "learning rate", "queries a prompt", "to DPO at its best", "", "to DPO at any rate", ""],
         rows,
     )
 
 
 def equal_kl(results: Results) -> Table:
     """SELM against DPO at equal distance from the base model."""
-    kinds = [results.at_dpos("selm", alpha) for alpha in results.grid["ablation"]]
+    kinds = [results.dpo, *(results.at_dpos("selm", alpha) for alpha in results.grid["ablation"])]
     kinds += [results.at_dpos(method, alpha) for method in ("selm wrong sign", "selm sampled") for alpha in results.few]
     rows = []
     for kind in [*kinds, results.tuned("xpo")]:
         found, count = at_equal_kl(results, kind)
-        shares = [cell(found), shown(found)] if found is not None else [ABSENT, ABSENT]
-        rows.append([kind.label, average(results, kind, "held_out/kl"), *shares, str(count)])
+        compared = [cell(found), shown(found)] if found is not None else [ABSENT, NOT_SHOWN]
+        rows.append([kind.label, average(results, kind, "held_out/kl"), *compared, str(count)])
     return Table(
         "equal-kl",
         "At equal KL to the base model",
-        "DPO's reward at the same KL is read off the line through its runs at all learning rates, seed by seed. Seeds "
-        "where that line does not reach are left out.",
+        "DPO's reward at the same KL is read off the line through the base model and DPO's runs at all learning rates, "
+        "seed by seed, over the root of the KL. Seeds that are beyond that line are left out. The first row is the "
+        "method's own error: DPO against the line through its other runs, where nothing should be shown.",
         ["method", "KL to base", "to DPO at that KL", "", "seeds"],
         rows,
     )

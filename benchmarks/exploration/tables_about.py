@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.exploration.analysis import Kind, Results, Table, average, cell, plain, shown
+from benchmarks.exploration.analysis import LABELS, Kind, Results, Table, average, cell, plain, shown
 from benchmarks.exploration.grid import DEFAULT_WORLD, ZERO_REWARD
 from benchmarks.exploration.statistics import interval, paired
 from selm_fast.report.numbers import number
@@ -100,10 +100,22 @@ def tuning(results: Results) -> Table:
         "tuning",
         "Tuning",
         f"Mean true reward over {len(results.grid['tuning_seeds'])} seeds that are not reported, by learning rate; the "
-        "best of a method is bold.",
+        f"best of a method is bold. {_edges(results)}".rstrip(),
         ["method", *(plain(lr) for lr in results.grid["lrs"])],
         rows,
     )
+
+
+def _edges(results: Results) -> str:
+    """Which of the chosen settings are the least or greatest that were tried: better ones may lie beyond."""
+    found = []
+    for method, alphas in results.grid["tuning_alphas"].items():
+        at = results.tuned(method)
+        for name, value, tried in (("alpha", at.alpha, alphas), ("learning rate", at.lr, results.grid["lrs"])):
+            if len(tried) > 1 and value in (min(tried), max(tried)):
+                which = "least" if value == min(tried) else "greatest"
+                found.append(f"{LABELS[method]}'s {name} is the {which} that was tried")
+    return f"{'; '.join(found)}." if found else ""
 
 
 def _setting(value: Any) -> str:

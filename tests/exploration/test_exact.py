@@ -15,7 +15,7 @@ from benchmarks.exploration.control import ControlPolicy
 from benchmarks.exploration.environment import Environment
 from benchmarks.exploration.experiment import Outcome, model_of
 from benchmarks.exploration.methods import METHODS, ask, every_pair, greedy, ids_of
-from benchmarks.exploration.tiny_llama import distribution
+from benchmarks.exploration.tiny_llama import distribution, make_base
 from selm_fast.data.packing import TokenGroup, pack
 from selm_fast.model.attention import NAME
 
@@ -89,6 +89,17 @@ def test_exact_figures_agree_with_samples_and_the_trainers_log_probs(
         error = abs(samples.mean() - outcome[exact][-1])
         assert error < 4 * samples.std() / math.sqrt(len(samples)), exact
         assert outcome[exact][-1] != outcome[exact][0]  # there is something to be wrong about
+
+
+def test_the_base_model_is_fitted_to_the_prior(environment: Environment) -> None:
+    """More steps bring it closer; a uniform distribution is as far as the prior's entropy is below that of all."""
+    far = np.log(16) - env.entropy(environment.prior).mean()
+    apart = [
+        env.divergence(environment.prior, distribution(make_base(environment, SEED, steps=steps), environment)).mean()
+        for steps in (40, 160)
+    ]
+    assert apart[0] < 0.7 * far
+    assert apart[1] < 0.15 * far
 
 
 def test_greedy_is_what_greedy_decoding_gives(environment: Environment, policies: Mapping[str, ControlPolicy]) -> None:

@@ -16,9 +16,8 @@ from benchmarks import machine
 from benchmarks.exploration import __main__ as command
 from benchmarks.exploration import document, figures, page, results
 from benchmarks.exploration.analysis import Results
-from benchmarks.exploration.claims import all_claims
+from benchmarks.exploration.environment import Floats
 from benchmarks.exploration.grid import DEFAULT
-from benchmarks.exploration.matched import at_equal_kl
 from benchmarks.exploration.tables import tables
 from tests.report.document import Element, parse
 
@@ -66,7 +65,7 @@ def check_cell(text: str, *values: float) -> None:
         assert abs(float(shown_as.replace(",", "")) - value) <= 0.5001 * 10**-decimals, (text, value)
 
 
-def last(found: list[Any], *names: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def last(found: list[Any], *names: str) -> Floats:
     values = []
     for run in found:
         for name in names:
@@ -75,7 +74,7 @@ def last(found: list[Any], *names: str) -> np.ndarray[Any, np.dtype[np.float64]]
     return np.array(values)
 
 
-def interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float, float]:
+def interval(values: Floats) -> tuple[float, float, float]:
     assert len(values) == 20
     half = T_19 * values.std(ddof=1) / np.sqrt(20)
     return values.mean(), values.mean() - half, values.mean() + half
@@ -90,7 +89,7 @@ def key_of(label: str, lr: float, world: str = "default") -> Key:
     name, _, alpha = label.partition(", alpha ")
     names = {
         "DPO": "dpo", "SELM": "selm", "SELM, sampled y": "selm sampled", "SELM, exact expectation": "selm exact",
-        "SELM, wrong sign": "selm wrong sign", "XPO": "xpo",
+        "SELM, wrong sign": "selm wrong sign", "XPO": "xpo", "XPO without its term": "xpo",
     }  # fmt: skip
     return world, names[name], float(alpha or 0), lr
 
@@ -149,24 +148,61 @@ def test_the_terms_beside_each_other(
             check_verdict(own_verdict, found)
 
 
+def lowest(differences: list[Floats]) -> tuple[float, float, float]:
+    return min(map(interval, differences), key=lambda found: found[1])
+
+
+def after_as_many(these: list[Any], those: list[Any]) -> tuple[float, Floats]:
+    """Queries, and the differences of rewards by seed, by numpy's interpolation."""
+    asked, differences = [], []
+    for run, other in zip(these, those, strict=True):
+        asked.append(min(run["queries"][-1], other["queries"][-1]))
+        here, there = (np.interp(asked[-1], one["queries"], one["held_out"]["reward"]) for one in (run, other))
+        differences.append(here - there)
+    return float(np.mean(asked)), np.array(differences)
+
+
+def at_kl_of(runs: Mapping[Key, list[Any]], key: Key) -> Floats:
+    """Reward less that of DPO's line over the root of the KL, of each seed within the line."""
+    lines = [runs[each] for lr in DEFAULT.lrs if (each := ("default", "dpo", 0.0, lr)) != key]
+    differences = []
+    for seed, run in enumerate(runs[key]):
+        points = sorted(
+            [(line[seed]["held_out"]["kl"][-1] ** 0.5, line[seed]["held_out"]["reward"][-1]) for line in lines]
+            + [(0.0, run["held_out"]["reward"][0])]
+        )
+        root = run["held_out"]["kl"][-1] ** 0.5
+        if root <= points[-1][0]:
+            differences.append(run["held_out"]["reward"][-1] - np.interp(root, *zip(*points, strict=True)))
+    return np.array(differences)
+
+
 def test_best_settings_learning_rates_and_worlds(
     result: Mapping[str, Any], runs: Mapping[Key, list[Any]], shown: Mapping[str, list[list[str]]]
 ) -> None:
     best = result["exploration"]["tuned"]["dpo"]["lr"]
+    at_rates = [last(runs["default", "dpo", 0.0, lr], "held_out", "reward") for lr in DEFAULT.lrs]
     dpo = last(runs["default", "dpo", 0.0, best], "held_out", "reward")
-    for label, lr, reward, difference, verdict, queries in shown["best"]:
+    assert [row[0].partition(",")[0] for row in shown["best"]] == ["DPO", "SELM", "XPO", "XPO without its term"]
+    for label, lr, reward, difference, verdict, least, of_least, queries in shown["best"]:
         found = runs[key_of(label, float(lr))]
-        check_cell(reward, last(found, "held_out", "reward").mean())
+        rewards = last(found, "held_out", "reward")
+        check_cell(reward, rewards.mean())
         check_cell(queries, last(found, "queries").mean())
         if label != "DPO":
-            check_cell(difference, *interval(last(found, "held_out", "reward") - dpo))
-            check_verdict(verdict, interval(last(found, "held_out", "reward") - dpo))
+            check_cell(difference, *interval(rewards - dpo))
+            check_verdict(verdict, interval(rewards - dpo))
+            check_cell(least, *lowest([rewards - other for other in at_rates]))
+            check_verdict(of_least, lowest([rewards - other for other in at_rates]))
     compared = 0
     for table, first in (("rates", 4), ("worlds", 3)):
         for row in shown[table]:
             world, lr = ("default", float(row[0])) if table == "rates" else (row[0], best)
             dpo = last(runs[world, "dpo", 0.0, lr], "held_out", "reward")
             check_cell(row[1 if table == "rates" else 2], dpo.mean())
+            if table == "rates":
+                for text, name in zip(row[2:4], ("kl", "entropy"), strict=True):
+                    check_cell(text, last(runs[world, "dpo", 0.0, lr], "held_out", name).mean())
             for alpha, cell, verdict in zip(DEFAULT.few, row[first::2], row[first + 1 :: 2], strict=True):
                 if (found := runs.get((world, "selm", alpha, lr))) is None:
                     assert cell == "\N{EN DASH}"
@@ -177,57 +213,61 @@ def test_best_settings_learning_rates_and_worlds(
     assert compared >= 2 * (len(DEFAULT.worlds) - 1 + 2)
 
 
-def test_equal_kl_reads_dpos_line_where_it_reaches(result: Mapping[str, Any], runs: Mapping[Key, list[Any]]) -> None:
-    """By numpy's interpolation, seed by seed; a seed beyond the last point is left out."""
-    found = Results(result["exploration"])
-    kind = found.at_dpos("selm", DEFAULT.few[0])
-    lines = [runs["default", "dpo", 0.0, lr] for lr in DEFAULT.lrs]
-    differences = []
-    for seed, run in enumerate(runs["default", "selm", kind.alpha, kind.lr]):
-        points = sorted(
-            [(line[seed]["held_out"]["kl"][-1], line[seed]["held_out"]["reward"][-1]) for line in lines]
-            + [(0.0, run["held_out"]["reward"][0])]
-        )
-        kl = run["held_out"]["kl"][-1]
-        if kl <= points[-1][0]:
-            differences.append(run["held_out"]["reward"][-1] - np.interp(kl, *zip(*points, strict=True)))
-    mean, count = at_equal_kl(found, kind)
-    assert mean is not None
-    assert count == len(differences)
-    assert mean.mean == pytest.approx(np.mean(differences), abs=1e-9)
+def test_equal_kl_reads_dpos_line_where_it_reaches(
+    result: Mapping[str, Any], runs: Mapping[Key, list[Any]], shown: Mapping[str, list[list[str]]]
+) -> None:
+    tuned = result["exploration"]["tuned"]
+    assert shown["equal-kl"][0][0] == "DPO"
+    for label, kl, difference, verdict, seeds in shown["equal-kl"]:
+        key = key_of(label, tuned["xpo" if label.startswith("XPO") else "dpo"]["lr"])
+        check_cell(kl, last(runs[key], "held_out", "kl").mean())
+        differences = at_kl_of(runs, key)
+        assert int(seeds) == len(differences)
+        if len(differences) == 20:
+            check_cell(difference, *interval(differences))
+            check_verdict(verdict, interval(differences))
+        elif len(differences) > 1:
+            assert numbers(difference)[0] == pytest.approx(differences.mean(), abs=0.01)
 
 
 def test_equal_queries_compare_lines_where_both_have_asked(
     result: Mapping[str, Any], runs: Mapping[Key, list[Any]], shown: Mapping[str, list[list[str]]]
 ) -> None:
-    dpo = runs["default", "dpo", 0.0, result["exploration"]["tuned"]["dpo"]["lr"]]
-    assert len(shown["queries"]) >= 3
-    for label, lr, queries, difference, verdict in shown["queries"]:
-        asked, differences = [], []
-        for run, other in zip(runs[key_of(label, float(lr))], dpo, strict=True):
-            asked.append(min(run["queries"][-1], other["queries"][-1]))
-            here, there = (np.interp(asked[-1], one["queries"], one["held_out"]["reward"]) for one in (run, other))
-            differences.append(here - there)
-        check_cell(queries, np.mean(asked))
-        check_cell(difference, *interval(np.array(differences)))
-        check_verdict(verdict, interval(np.array(differences)))
+    best = result["exploration"]["tuned"]["dpo"]["lr"]
+    assert len(shown["queries"]) >= 4
+    for label, lr, queries, difference, verdict, least, of_least in shown["queries"]:
+        found = runs[key_of(label, float(lr))]
+        asked, differences = after_as_many(found, runs["default", "dpo", 0.0, best])
+        check_cell(queries, asked)
+        check_cell(difference, *interval(differences))
+        check_verdict(verdict, interval(differences))
+        at_rates = [after_as_many(found, runs["default", "dpo", 0.0, rate])[1] for rate in DEFAULT.lrs]
+        check_cell(least, *lowest(at_rates))
+        check_verdict(of_least, lowest(at_rates))
 
 
 def test_coins_teach_nothing(
     runs: Mapping[Key, list[Any]], shown: Mapping[str, list[list[str]]], result: Mapping[str, Any]
 ) -> None:
-    """The zero-reward control: no drift of the true reward beyond noise, though the policies moved."""
+    """The zero-reward control: over all its runs together the true reward does not drift, though the policies move.
+
+    Six intervals of 95% are shown; that all include 0 would be asking too much of chance.
+    """
     lr = result["exploration"]["tuned"]["dpo"]["lr"]
     assert len(shown["control"]) == 1 + len(DEFAULT.few)
+    drifts = []
     for label, *cells, kl in shown["control"]:
         found = runs[key_of(label, lr, "zero reward")]
         for part, text, verdict in zip(("train", "held_out"), cells[::2], cells[1::2], strict=True):
             start = np.array([run[part]["reward"][0] for run in found])
-            drift = interval(last(found, part, "reward") - start)
-            check_cell(text, *drift)
-            assert verdict == "no drift shown"
-            assert drift[1] < 0 < drift[2]
+            drifts.append(last(found, part, "reward") - start)
+            mean, low, high = interval(drifts[-1])
+            check_cell(text, mean, low, high)
+            assert verdict == ("drifts up" if low > 0 else "drifts down" if high < 0 else "no drift shown")
+        check_cell(kl, last(found, "held_out", "kl").mean())
         assert numbers(kl)[0] > 0.1
+    _, low, high = interval(np.mean(drifts, 0))
+    assert low < 0 < high
 
 
 def test_implicit_rewards(result: Mapping[str, Any], shown: Mapping[str, list[list[str]]]) -> None:
@@ -245,18 +285,85 @@ def test_implicit_rewards(result: Mapping[str, Any], shown: Mapping[str, list[li
             assert np.mean(quantiles) == pytest.approx(np.mean(line[role]["means"]), abs=0.02 * spread)
 
 
-def test_a_claim_whose_interval_includes_0_is_not_shown(
-    result: Mapping[str, Any], shown: Mapping[str, list[list[str]]]
+def test_every_claim_is_about_the_runs_that_it_names(
+    result: Mapping[str, Any], runs: Mapping[Key, list[Any]], shown: Mapping[str, list[list[str]]]
 ) -> None:
-    claims = list(all_claims(Results(result["exploration"])))
-    assert [row[0] for row in shown["claims"]] == [claim.text for claim in claims]
-    for row, claim in zip(shown["claims"], claims, strict=True):
-        mean, low, high = numbers(row[2])
-        includes_0 = claim.found.low <= 0 <= claim.found.high
-        assert (row[3] == "not shown") == includes_0
-        if not includes_0:
-            assert (low > 0) == (high > 0) == (mean > 0)
-            assert row[3] == ("shown" if (mean > 0) == (claim.expected == "higher") else "the opposite is shown")
+    """Each sentence, the figure that stands beside it, computed from the runs, and on which side of 0 it is shown."""
+    tuned = result["exploration"]["tuned"]
+    best, selm, xpo = tuned["dpo"]["lr"], tuned["selm"], tuned["xpo"]
+
+    def of(method: str, alpha: float, lr: float, *names: str) -> Floats:
+        return last(runs["default", method, alpha, lr], *(names or ("held_out", "reward")))
+
+    dpo, at_rates = of("dpo", 0.0, best), [of("dpo", 0.0, lr) for lr in DEFAULT.lrs]
+    expected: dict[str, tuple[float, float, float]] = {}
+    lower = set()
+    for alpha in DEFAULT.few:
+        named = f"SELM (alpha {alpha:g})"
+        greedy = of("selm", alpha, best)
+        expected[f"At the learning rate that is best for DPO, {named} beats it"] = interval(greedy - dpo)
+        differences = at_kl_of(runs, ("default", "selm", alpha, best))
+        if len(differences) == 20:
+            expected[f"At equal KL to the base model, {named} beats DPO"] = interval(differences)
+        text = f"With the wrong sign (alpha {alpha:g}), the term does harm: it loses to DPO"
+        expected[text] = interval(of("selm wrong sign", alpha, best) - dpo)
+        lower.add(text)
+        for method, name in (("selm sampled", "a sample"), ("selm exact", "the exact expectation")):
+            text = f"Pushing the greedy response down gives a higher reward than {name} (alpha {alpha:g})"
+            expected[text] = interval(greedy - of(method, alpha, best))
+        for path, text in (
+            (("rollouts",), f"{named} tries more different responses"),
+            (("best_seen",), f"{named} comes upon more of the best responses"),
+            (("train", "entropy"), f"{named} keeps more entropy"),
+        ):
+            expected[text] = interval(of("selm", alpha, best, *path) - of("dpo", 0.0, best, *path))
+    at_its_best = of("selm", selm["alpha"], selm["lr"])
+    expected["SELM beats DPO, each at its best settings"] = interval(at_its_best - dpo)
+    text = "At its best settings, SELM beats DPO at each of its learning rates"
+    expected[text] = lowest([at_its_best - other for other in at_rates])
+    text = "With the alpha of the paper's Zephyr and Phi-3, 0.001, SELM beats DPO"
+    expected[text] = interval(of("selm", 1e-3, best) - dpo)
+    with_term, without = of("xpo", xpo["alpha"], xpo["lr"]), of("xpo", 0.0, xpo["lr"])
+    expected["XPO beats XPO without its term, at the same learning rate"] = interval(with_term - without)
+    text = "After as many iterations, and fewer queries, XPO beats DPO, each at its best settings"
+    expected[text] = interval(with_term - dpo)
+    found = runs["default", "xpo", xpo["alpha"], xpo["lr"]]
+    text = "After as many queries, and more steps, XPO beats DPO at each of its learning rates"
+    expected[text] = lowest([after_as_many(found, runs["default", "dpo", 0.0, lr])[1] for lr in DEFAULT.lrs])
+    told = {text: (figure, verdict) for text, _, figure, verdict in shown["claims"]}
+    assert len(told) == len(shown["claims"]) >= 18
+    assert expected.keys() - told.keys() <= {"SELM beats DPO, each at its best settings"}
+    for text, (figure, verdict) in told.items():
+        if text not in expected:
+            assert "At equal KL" in text
+            continue
+        mean, low, high = expected[text]
+        check_cell(figure, mean, low, high)
+        if low <= 0 <= high:
+            assert verdict == "not shown", text
+        else:
+            assert verdict == ("shown" if (mean < 0) == (text in lower) else "the opposite is shown"), text
+
+
+def test_tuning_is_shown_with_what_it_chose(result: Mapping[str, Any], shown: Mapping[str, list[list[str]]]) -> None:
+    means: dict[tuple[str, float, float], list[float]] = defaultdict(list)
+    for run in result["exploration"]["tuning"]:
+        means[run["method"], run["alpha"], run["lr"]].append(run["reward"])
+    assert len(shown["tuning"]) == sum(map(len, DEFAULT.tuning_alphas.values()))
+    for label, *cells in shown["tuning"]:
+        _, method, alpha, _ = key_of(label, 0.0)
+        for text, lr in zip(cells, DEFAULT.lrs, strict=True):
+            check_cell(text, float(np.mean(means[method, alpha, lr])))
+    bold = [row for row in document.blocks(result)["tuning"].splitlines() if "**" in row]
+    assert [row.count("**") for row in bold] == [2] * len(DEFAULT.tuning_alphas)
+
+
+def test_settings_are_those_of_the_grid(result: Mapping[str, Any], shown: Mapping[str, list[list[str]]]) -> None:
+    told = dict(shown["setup"])
+    assert (told["vocabulary"], told["iterations"], told["schedule"]) == ("8", "6", "cosine")
+    assert (told["beta"], told["warmup"], told["seeds"]) == ("0.1", "0.1", "200 to 219")
+    assert told["tuning seeds"] == "1000 to 1009"
+    check_cell(told["KL of the prior to the base model, nats"], result["exploration"]["base"]["kl_of_prior"])
 
 
 def test_the_policies_are_below_the_best_there_are(result: Mapping[str, Any], runs: Mapping[Key, list[Any]]) -> None:
@@ -293,7 +400,7 @@ def test_charts_are_of_the_results(result: Mapping[str, Any], runs: Mapping[Key,
         name: np.mean([run["held_out"]["reward"] for run in runs["default", name, alpha, lr]], 0)
         for name, alpha in (("dpo", 0.0), ("selm", DEFAULT.few[0]))
     }
-    drawn = figures.charts(found)
+    drawn = {name: figures.CHARTS[name](found) for name in ("iterations", "queries", "differences", "implicit")}
     for name in ("iterations", "queries"):
         for start, end in (rewards["dpo"][[0, -1]], rewards["selm"][[0, -1]]):
             assert f"from {start:#.3g} to {end:#.3g}" in drawn[name].summary.replace("\N{MINUS SIGN}", "-")
@@ -308,7 +415,8 @@ def test_charts_are_of_the_results(result: Mapping[str, Any], runs: Mapping[Key,
     check_cell(f"{said[1]} {said[2]}", line["chosen"]["sorted"][0], line["chosen"]["sorted"][-1])
 
 
-def test_another_result_gives_another_page(result: Mapping[str, Any]) -> None:
+def test_another_result_gives_another_page(result: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(machine.ROOT)
     other = deepcopy(dict(result))
     for run in other["exploration"]["runs"]:
         if run["method"] == "selm":
@@ -318,14 +426,13 @@ def test_another_result_gives_another_page(result: Mapping[str, Any]) -> None:
     ):
         unmoved = before.name in ("implicit", "setup", "tuning")
         assert (before.rows == after.rows) == unmoved, before.name
-    assert document.stale(other) == [str(document.DOCUMENT)]
+    assert {str(document.DOCUMENT), "docs/exploration/alpha.svg"} <= set(document.stale(other))
 
 
 def test_the_document_shows_what_the_results_say(
     result: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(machine.ROOT)
-    assert document.stale(result) == []
     assert command.main(["--check"]) == 0
     text = document.DOCUMENT.read_text("utf-8")
     for name in document.blocks(result):
