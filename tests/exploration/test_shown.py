@@ -361,7 +361,7 @@ def test_tuning_is_shown_with_what_it_chose(result: Mapping[str, Any], shown: Ma
 def test_settings_are_those_of_the_grid(result: Mapping[str, Any], shown: Mapping[str, list[list[str]]]) -> None:
     told = dict(shown["setup"])
     assert (told["vocabulary"], told["iterations"], told["schedule"]) == ("8", "6", "cosine")
-    assert (told["beta"], told["warmup"], told["seeds"]) == ("0.1", "0.1", "200 to 219")
+    assert (told["beta"], told["warmup"], told["seeds"]) == ("0.1", "0.1", "300 to 319")
     assert told["tuning seeds"] == "1000 to 1009"
     check_cell(told["KL of the prior to the base model, nats"], result["exploration"]["base"]["kl_of_prior"])
 
