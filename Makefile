@@ -59,7 +59,7 @@ mutants: extension ## breaks the kernels one by one, to see a test turn red each
 aot: .venv/.stamp ## compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory
 	TRITON_INTERPRET=0 .venv/bin/python -m benchmarks.aot
 
-explore: extension ## SELM, DPO and XPO where the true reward is known: over a thousand small runs, under twenty minutes on two cores
+explore: extension ## SELM, DPO and XPO where the true reward is known: about a thousand small runs, under twenty minutes on two cores
 	.venv/bin/python -m benchmarks.exploration
 
 # All cores: it is a measurement.

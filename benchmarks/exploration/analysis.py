@@ -100,6 +100,8 @@ def plain(setting: float) -> str:
 def cell(found: Interval, *, signed: bool = True) -> str:
     """A mean and its interval: +0.031 (0.012 to 0.050)."""
     mean, low, high = alike(found.mean, found.low, found.high)
+    if not mean.strip(f"{MINUS}0."):
+        mean = mean.removeprefix(MINUS)  # a zero to all digits shown
     plus = "+" if signed and not mean.startswith(MINUS) else ""
     return f"{plus}{mean} ({low} to {high})"
 
