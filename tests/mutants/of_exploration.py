@@ -25,6 +25,7 @@ EXPLORATION = [
     *mutants_of(
         _HERE + "tiny_llama.py",
         f"{_TESTS}test_exact.py",
+        ("the base model is not fitted", "        optimizer.step()\n", ""),
         ("the first token is forgotten", "total = total + by_token[:, :, place].gather(-1, said)", "total = total + 0 * by_token[:, :, place].gather(-1, said)"),
         ("beginnings are those of other prompts", "(np.repeat(prompts, len(beginnings), 0), np.tile(beginnings, (count, 1)))", "(np.tile(prompts, (len(beginnings), 1)), np.repeat(beginnings, count, 0))"),
     ),
@@ -100,7 +101,9 @@ EXPLORATION = [
     *mutants_of(
         _HERE + "claims.py",
         f"{_TESTS}test_shown.py {_TESTS}test_statistics.py",
-        ("what includes 0 is shown", "        if self.found.verdict == NOT_SHOWN:\n            return NOT_SHOWN\n", ""),
+        ("what includes 0 is shown", "if self.found is None or self.found.verdict == NOT_SHOWN:", "if self.found is None:"),
+        ("one rate stands for all", "others = [results.difference(selm, other) for other in dpo_at_every_rate(results)]", "others = [results.difference(selm, other) for other in dpo_at_every_rate(results)[:1]]"),
+        ("the wrong kind stands beside a sentence", 'wrong = results.at_dpos("selm wrong sign", alpha)', 'wrong = results.at_dpos("selm", alpha)'),
     ),
     *mutants_of(
         _HERE + "tables_about.py",
@@ -111,7 +114,8 @@ EXPLORATION = [
     *mutants_of(
         _HERE + "matched.py",
         f"{_TESTS}test_shown.py",
-        ("the line of equal KL begins anywhere", "[0.0, *(each[nth] for each in kls)]", "[1.0, *(each[nth] for each in kls)]"),
+        ("the line of equal KL begins anywhere", "sqrt(kl), [0.0, *(", "sqrt(kl), [1.0, *("),
+        ("the highest stands for the least", "key=lambda one: one.low", "key=lambda one: -one.low"),
         ("queries are DPO's", "share * min(asked[-1], asked_by_dpo[-1])", "share * asked[-1]"),
     ),
 ]  # fmt: skip
