@@ -81,6 +81,8 @@ def test_rollouts_and_the_best_responses_seen_are_counted(
     best = environment.rewards[:24].argmax(1)
     seen = np.mean([best[row] in asked[0][row] + asked[1][row] for row in range(24)])
     assert outcome.rollouts == [0, 1, pytest.approx(own)]
+    pairs = [sum(len(set(row)) * (len(set(row)) - 1) // 2 for row in candidates) / 24 for candidates in asked]
+    assert outcome.queries == [0, pytest.approx(pairs[0]), pytest.approx(sum(pairs))]
     assert outcome.best_seen[0] == 0
     assert outcome.best_seen[-1] == pytest.approx(seen)
     base = distribution(model_of(environment, base_weights), environment)

@@ -75,6 +75,8 @@ def test_methods_ask_about_what_they_should(environment: Environment, base: env.
     # XPO: the policy's sample and the base model's, which is the explored one.
     xpo = asked["xpo"]
     assert all(len(numbers) == 2 for numbers in xpo.candidates)
+    assert [numbers[0] for numbers in xpo.candidates] != likeliest[:24].tolist()
+    assert explored["selm sampled"] == [ids_of(environment, xpo.candidates[row][0]) for row in rows]
     for group in xpo.groups:
         assert group.explored == ids_of(environment, xpo.candidates[group.row_id or 0][1])
     again = ask(METHODS["xpo"], environment, base, base, seed=SEED, iteration=0, with_explored=True)

@@ -38,7 +38,13 @@ def test_a_mean_and_its_interval_by_hand() -> None:
 
 def test_what_includes_0_is_not_shown() -> None:
     """One seed, equal seeds at 0, an interval about 0, and one that ends at 0."""
-    for found in (interval([0.4]), interval([0.0, 0.0]), interval([-1.0, 2.0]), Interval(1.0, 0.0, 2.0, 5)):
+    for found in (
+        interval([0.4]),
+        interval([0.0, 0.0]),
+        interval([-1.0, 2.0]),
+        interval([-2.0, 1.0]),
+        Interval(1.0, 0.0, 2.0, 5),
+    ):
         assert found.verdict == NOT_SHOWN
         for expected in ("higher", "lower"):
             assert Claim("", "", found, expected).verdict == NOT_SHOWN

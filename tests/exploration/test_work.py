@@ -83,6 +83,8 @@ def test_the_best_on_the_tuning_seeds_is_chosen_whatever_the_others_say() -> Non
     for seed, reward in zip(grid.tuning_seeds, (0.9, -0.2), strict=True):
         rewards[Job(DEFAULT_WORLD, "selm", 0.3, 1e-3, seed)] = reward
         rewards[Job(DEFAULT_WORLD, "dpo", 0.0, 4e-3, seed)] = 0.11
+    first, second = grid.tuning_seeds
+    rewards |= {Job(DEFAULT_WORLD, "dpo", 0.0, 1e-3, first): 0.5, Job(DEFAULT_WORLD, "dpo", 0.0, 1e-3, second): -0.5}
     rewards |= {Job(DEFAULT_WORLD, "selm", 0.1, 4e-3, seed): 99.0 for seed in grid.seeds}
     assert grid.choose(rewards) == {"dpo": Tuned(0.0, 4e-3), "selm": Tuned(0.3, 1e-3)}
 
@@ -119,6 +121,9 @@ def test_figures_over_seeds_are_of_all_seeds(made: tuple[Path, dict[str, Any]]) 
         everything = np.sort(np.concatenate(differences))
         assert line[role]["sorted"][:: results.POINTS - 1] == rounded(everything[[0, -1]].tolist())
         assert line[role]["sorted"][results.POINTS // 2] == pytest.approx(np.median(everything), rel=1e-4)
+    for tried in found["tuning"]:
+        job = Job(**{name: tried[name] for name in Job.__slots__})
+        assert tried["reward"] == done[job]["held_out"]["reward"][-1]
     for counted in found["histograms"]:
         kind = counted["method"], counted["alpha"], counted["lr"]
         of_seeds = [done[Job(DEFAULT_WORLD, *kind, seed)]["histograms"] for seed in TINY.seeds]
@@ -142,6 +147,10 @@ def test_a_stopped_grid_goes_on_and_comes_to_the_same(
     began.path.write_bytes(b"".join(lines[:-2]) + lines[-2][:40])  # killed while it wrote a line
     for path in runs.parent.glob("bases/*"):
         (began.bases / path.name).write_bytes(path.read_bytes())
+    whole = began.path.read_bytes()
+    began.path.write_bytes(b"".join(lines[:-1]) + lines[-1].rstrip())  # killed before it ended a line
+    assert len(worker(tmp_path).done) == len(lines) - 1
+    began.path.write_bytes(whole)
     again = worker(tmp_path)
     assert len(again.done) == len(lines) - 2
     done = []
