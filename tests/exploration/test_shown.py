@@ -18,6 +18,7 @@ from benchmarks.exploration import document, figures, page, results
 from benchmarks.exploration.analysis import Results
 from benchmarks.exploration.environment import Floats
 from benchmarks.exploration.grid import DEFAULT
+from benchmarks.exploration.matched import at_equal_kl
 from benchmarks.exploration.tables import tables
 from tests.report.document import Element, parse
 
@@ -228,6 +229,22 @@ def test_equal_kl_reads_dpos_line_where_it_reaches(
             check_verdict(verdict, interval(differences))
         elif len(differences) > 1:
             assert numbers(difference)[0] == pytest.approx(differences.mean(), abs=0.01)
+
+
+def test_the_line_of_equal_kl_begins_at_the_base_model(
+    result: Mapping[str, Any], runs: Mapping[Key, list[Any]]
+) -> None:
+    other = deepcopy(dict(result["exploration"]))
+    kind = Results(other).at_dpos("selm", DEFAULT.few[0])
+    near = [run for run in other["runs"] if (run["method"], run["alpha"], run["lr"]) == ("selm", kind.alpha, kind.lr)]
+    for run in near:
+        run["held_out"]["kl"][-1] = 0.25
+    key = ("default", "selm", kind.alpha, kind.lr)
+    of_default = sorted((run for run in near if run["world"] == "default"), key=lambda run: run["seed"])
+    found, count = at_equal_kl(Results(other), kind)
+    assert found is not None
+    assert count == 20
+    assert found.mean == pytest.approx(at_kl_of(dict(runs) | {key: of_default}, key).mean(), abs=1e-9)
 
 
 def test_equal_queries_compare_lines_where_both_have_asked(
