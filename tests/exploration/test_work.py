@@ -216,6 +216,19 @@ def test_a_results_file_holds_what_was_made_a_run_a_line(made: tuple[Path, dict[
         results.read(path)
 
 
+def test_the_time_of_the_runs_is_kept_when_the_same_ones_are_read_again(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    _, found = made
+    path = tmp_path / "found.json"
+    assert command._seconds(path, found, 12.4) == 12
+    assert command._seconds(path, found, None) is None
+    results.write(path, {"seconds": 77, "exploration": found})
+    assert command._seconds(path, found, None) == 77
+    assert command._seconds(path, found | {"runs": found["runs"][:-1]}, None) is None
+    assert command._seconds(path, found | {"runs": found["runs"][::-1]}, None) is None
+
+
 def test_what_cannot_be_done_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--quick"], "--quick needs another --out than benchmarks/results/exploration.json"),
